@@ -1,0 +1,44 @@
+# Each target makes .venv when it is missing, and installs again when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow check bench clean
+
+help: ## Say what there is to make.
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tunefleet needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch by itself first: packages that look for it while they are built then find it, at the version of the constraints.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(INSTALLED) ## Make .venv with everything in it.
+
+quickstart: $(INSTALLED) ## Fine-tune a small model on this machine, from nothing, and show the result.
+	$(BIN)/python jobs/quickstart.py
+
+test: $(INSTALLED) ## Every test that takes less than a minute.
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(INSTALLED) ## The long tests.
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED) ## Style, types, and which way imports point.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED) ## Speed beside the peers; makes their environments by itself.
+	$(BIN)/python benchmarks/llamafactory.py
+
+clean: ## Remove caches and the quickstart's files; .venv and outputs/ stay.
+	rm -rf .quickstart .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	find . -name __pycache__ -not -path './$(VENV)*' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,11 @@
+"""The two ways in which a command ends without its result. Each message is one sentence that ends with the mend."""
+
+from __future__ import annotations
+
+
+class Refused(Exception):
+    """What was asked for cannot be done as it is written. Exit code 2; nothing was started."""
+
+
+class RunFailed(Exception):
+    """A run that had started came to grief. Exit code 1."""
