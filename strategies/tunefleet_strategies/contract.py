@@ -1,0 +1,193 @@
+"""What a tuning method is: its arguments are the fields of a `Strategy`, its behaviour the methods.
+
+This package is a plain PyTorch library. It knows neither Ray nor the platform that runs it: whoever owns a training
+loop can load a model, call `attach`, build the optimizer and train.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Sharding = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
+
+
+class StrategyError(ValueError):
+    """A method cannot do what was asked of it. The message is one sentence that ends with the mend."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method needs from the place that runs it. The planner reads these; it never asks for a method's name."""
+
+    max_workers: int | None = None
+    """Most data-parallel workers that give the right result; None = any number."""
+    shardings: frozenset[Sharding] = frozenset()
+    """Engines other than plain data parallelism that give the right result."""
+    accumulation: bool = True
+    """Whether gradients may be accumulated over several micro-batches."""
+    resumable: bool = True
+    """Whether the optimizer state can be saved."""
+    trains_base: bool = True
+    """Whether weights of the base model itself change (full, freeze); False: the base stays as it is (LoRA)."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which number format holds what. `compute` differs from `trainable` exactly when autocast runs."""
+
+    compute: torch.dtype
+    trainable: torch.dtype
+    frozen: torch.dtype
+
+    @property
+    def autocast(self) -> bool:
+        return self.compute != self.trainable
+
+
+@dataclass(frozen=True)
+class AttachContext:
+    """What `attach` may know of the run it is part of."""
+
+    precision: Precision
+    seed: int = 0
+    is_source: bool = True
+    """Whether this process's values count. The others receive them by broadcast, so they may skip costly work."""
+    initial: Mapping[str, Tensor] | None = None
+    """What `initial_state` returned when the run began; None when it begins now."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """The optimizer that a recipe asks for, in plain numbers."""
+
+    name: Literal["adamw_torch", "adamw_torch_fused", "sgd"]
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter of a model with its method attached."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The architecture of a model with its method attached, read from meta tensors: no weights are loaded."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    parameters: tuple[ParameterShape, ...] = field(repr=False)
+
+    @property
+    def total(self) -> int:
+        return sum(p.numel for p in self.parameters)
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel for p in self.parameters if p.trainable)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a method keeps on each worker, activations apart."""
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    values: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RandInt:
+    low: int
+    high: int
+    """Exclusive."""
+
+
+Domain = Choice | LogUniform | RandInt
+
+
+class Strategy(BaseModel, ABC):
+    """One tuning method.
+
+    Fields carry the documented argument names and defaults. The class variables say how a recipe selects the method:
+    `selector` maps the choosing keys (`finetuning_type`, `use_galore`, `use_badam`) to the values that mean this one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    selector: ClassVar[Mapping[str, object]]
+
+    @abstractmethod
+    def traits(self) -> Traits:
+        """What the method needs from the place that runs it."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:
+        """Say what exists and what may change: add modules, set `requires_grad` on every parameter.
+
+        Works on meta tensors too (then no values are computed). Draws from private generators only.
+
+        Raises:
+            StrategyError: a target matches nothing, or the architecture lacks what the method needs.
+        """
+
+    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Tensors of the freshly attached model that later steps need unchanged (PiSSA's A0 and B0)."""
+        return {}
+
+    def notices(self, model: nn.Module) -> list[str]:
+        """Sentences that a person should read before the run starts, from the attached (possibly meta) model."""
+        return []
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module, spec: OptimizerSpec) -> Optimizer:
+        """Say how the trainable parameters change."""
+
+    @abstractmethod
+    def footprint(self, shape: ModelShape, precision: Precision) -> Footprint:
+        """Count the bytes of weights, gradients and optimizer state on each worker."""
+
+    @abstractmethod
+    def search_space(self) -> dict[str, Domain]:
+        """The domains that a search over this method draws from, by argument."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, folder: Path, initial: Mapping[str, Tensor]) -> None:
+        """Write what a user keeps, in Hugging Face or PEFT format, to an existing folder."""

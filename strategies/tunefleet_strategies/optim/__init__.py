@@ -1,0 +1,1 @@
+"""How trainable parameters are grouped, and the optimizers that are built from the groups."""
