@@ -1,0 +1,1 @@
+"""Rows of any usual layout in, memory-mapped token rows and batches out."""
