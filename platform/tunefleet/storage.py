@@ -1,0 +1,380 @@
+"""Places: folders on any pyarrow file system, written atomically, and the checkpoints kept there.
+
+A folder that `Place.upload` wrote holds `complete.json`: every file with its size in bytes and its SHA-256. It is there
+exactly when all the others are, so a folder without it is what a killed writer left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+from urllib.parse import quote, urlsplit
+
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
+
+from tunefleet.errors import Refused, RunFailed
+
+COMPLETE = "complete.json"
+CHUNK_BYTES = 8 * 2**20
+# Stores of objects have no folders to make and no rename: a name with a slash in it is all there is.
+OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
+STEP_NAME = re.compile(r"step_(\d{8,})")
+STALE_NAME = re.compile(r"\..+\.tmp-[0-9a-f]{32}")
+
+
+class Damaged(RunFailed):
+    """A stored folder is not what its writer left."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder on a file system. `before` + path + `after` is the URI that opens it again."""
+
+    filesystem: FileSystem
+    path: str
+    before: str = ""
+    after: str = ""
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path.rstrip("/"))
+
+    @property
+    def uri(self) -> str:
+        """What `place` turns into this place again, on any machine that sees the same store."""
+        local = self.local_path
+        return str(local) if local is not None else f"{self.before}{quote(self.path)}{self.after}"
+
+    @property
+    def local_path(self) -> Path | None:
+        """The path on this machine; None where the file system is not the local one."""
+        return Path(self.path) if isinstance(self.filesystem, LocalFileSystem) else None
+
+    def child(self, *names: str) -> Place:
+        """The place below this one."""
+        return Place(self.filesystem, posixpath.join(self.path, *names), self.before, self.after)
+
+    def sibling(self, name: str) -> Place:
+        """The place of that name in the same folder."""
+        return Place(self.filesystem, posixpath.join(posixpath.dirname(self.path), name), self.before, self.after)
+
+    def exists(self) -> bool:
+        """Whether a file or a folder is here."""
+        return bool(self._info().type != FileType.NotFound)
+
+    def children(self) -> list[Place]:
+        """The files and folders right below, by name; none where there is no such folder."""
+        found = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
+        return [self.child(name) for name in sorted(info.base_name for info in found)]
+
+    def read_text(self) -> str:
+        """The text of a file.
+
+        Raises:
+            FileNotFoundError: no file is here.
+        """
+        with self._reader() as stream:
+            return bytes(stream.read()).decode("utf-8")
+
+    def write_text(self, text: str) -> None:
+        """Replace a file; whoever reads meanwhile sees the old text or the new one, never a piece."""
+        self._replace(io.BytesIO(text.encode("utf-8")))
+
+    def upload(self, folder: Path) -> None:
+        """Copy a local folder here, in place of what was here, so that it is complete or not there at all.
+
+        Raises:
+            Refused: there is no such folder, or it holds a file of its own named complete.json.
+        """
+        if not folder.is_dir():
+            raise Refused(f"{folder} is no folder; nothing can be copied from it to {self.uri}.")
+        names = _file_names(folder)
+        if COMPLETE in names:
+            raise Refused(f"{folder} holds a file named {COMPLETE}, the seal's own name; give that file another.")
+        if not self._renames:
+            # The old seal goes first: from here until the new one is written this folder counts as incomplete.
+            self.child(COMPLETE).delete()
+            self.delete()
+            self._fill(folder, names)
+            return
+        temporary = self._temporary()
+        temporary._fill(folder, names)
+        old = self._temporary()
+        if self.exists():
+            self.filesystem.move(self.path, old.path)
+        self.filesystem.move(temporary.path, self.path)
+        old.delete()
+
+    def mirror(self, folder: Path) -> None:
+        """Copy every file of a growing local folder here, each one atomically; nothing is removed, nothing sealed."""
+        for name in _file_names(folder):
+            with (folder / name).open("rb") as source:
+                self.child(name)._replace(source)
+
+    def download(self, to: Path) -> None:
+        """Copy this folder to a local one. Sizes and hashes are checked where `complete.json` says them.
+
+        Raises:
+            Damaged: a file is missing, or its size or hash is another.
+        """
+        seal = self._seal()
+        problem = self._size_problem(seal)
+        if problem:
+            raise Damaged(f"{self.uri} is damaged: {problem}; use an older checkpoint.")
+        for name in seal if seal else self._sizes():
+            target = to / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self.child(name)._reader() as source, target.open("wb") as stream:
+                digest = _copy_hashed(source, stream)
+            if seal and digest != seal[name]["sha256"]:
+                raise Damaged(f"{self.uri} is damaged: the content of {name} changed; use an older checkpoint.")
+
+    def problem(self, *, hashes: bool = False) -> str | None:
+        """What is wrong with a folder that `upload` wrote; None where it is whole. `hashes` reads every byte."""
+        seal = self._seal()
+        if seal is None:
+            return f"{COMPLETE} is missing or unreadable (its writer was killed)"
+        wrong = self._size_problem(seal)
+        if wrong or not hashes:
+            return wrong
+        for name, expected in seal.items():
+            with self.child(name)._reader() as source:
+                digest = _copy_hashed(source, None)
+            if digest != expected["sha256"]:
+                return f"the content of {name} changed"
+        return None
+
+    def delete(self) -> None:
+        """Remove what is here, if anything is. A reader never sees half a folder on file systems that can rename."""
+        info = self._info()
+        if info.type == FileType.File:
+            self.filesystem.delete_file(self.path)
+        elif info.type == FileType.Directory:
+            doomed = self
+            if self._renames and not STALE_NAME.fullmatch(self.name):
+                doomed = self._temporary()
+                self.filesystem.move(self.path, doomed.path)
+            self.filesystem.delete_dir(doomed.path)
+
+    @property
+    def _renames(self) -> bool:
+        return self.filesystem.type_name not in OBJECT_STORES
+
+    def _info(self) -> FileInfo:
+        return self.filesystem.get_file_info([self.path])[0]
+
+    def _temporary(self) -> Place:
+        return self.sibling(f".{self.name}.tmp-{uuid.uuid4().hex}")
+
+    def _seal(self) -> dict[str, dict[str, int | str]] | None:
+        """Read `complete.json`: file name -> size and sha256. None where it is missing or torn."""
+        try:
+            files = json.loads(self.child(COMPLETE).read_text())["files"]
+            return {str(name): {"size": int(one["size"]), "sha256": str(one["sha256"])} for name, one in files.items()}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _sizes(self) -> dict[str, int]:
+        """Every file below, by its name from here, with its bytes."""
+        found = self.filesystem.get_file_info(FileSelector(self.path, recursive=True))
+        files = (info for info in found if info.type == FileType.File)
+        return {posixpath.relpath(info.path, self.path): int(info.size) for info in files}
+
+    def _size_problem(self, seal: dict[str, dict[str, int | str]] | None) -> str | None:
+        if seal is None:
+            return None
+        sizes = self._sizes()
+        for name, expected in seal.items():
+            if name not in sizes:
+                return f"{name} is missing"
+            if sizes[name] != expected["size"]:
+                return f"{name} has {sizes[name]} bytes instead of {expected['size']}"
+        return None
+
+    def _fill(self, folder: Path, names: Sequence[str]) -> None:
+        """Write every file, then `complete.json`, straight to their names."""
+        seal: dict[str, dict[str, int | str]] = {}
+        for name in names:
+            with (folder / name).open("rb") as source, _writer(self.child(name)) as stream:
+                digest = _copy_hashed(source, stream)
+                seal[name] = {"size": source.tell(), "sha256": digest}
+        with _writer(self.child(COMPLETE)) as stream:
+            stream.write(json.dumps({"files": seal}, indent=1).encode("utf-8"))
+
+    def _reader(self) -> BinaryIO:
+        return cast(BinaryIO, self.filesystem.open_input_stream(self.path))
+
+    def _replace(self, source: BinaryIO) -> None:
+        """Write one file so that its old content stays until the new one is whole."""
+        target = self._temporary() if self._renames else self  # an object appears when its stream is closed
+        with _writer(target) as stream:
+            _copy_hashed(source, stream)
+        if target is not self:
+            self.filesystem.move(target.path, self.path)
+
+
+@contextmanager
+def _writer(place: Place) -> Iterator[BinaryIO]:
+    """A stream to a new file, its folder made first. On this machine's disks it is durable when the block ends."""
+    local = place.local_path
+    if local is not None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with local.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        return
+    if place._renames:
+        place.filesystem.create_dir(posixpath.dirname(place.path), recursive=True)
+    with place.filesystem.open_output_stream(place.path) as remote:
+        yield cast(BinaryIO, remote)
+
+
+def _copy_hashed(source: BinaryIO, stream: BinaryIO | None) -> str:
+    """Copy what is left of `source`, to nowhere if there is no stream, and return its SHA-256."""
+    digest = hashlib.sha256()
+    while chunk := source.read(CHUNK_BYTES):
+        digest.update(chunk)
+        if stream is not None:
+            stream.write(chunk)
+    return digest.hexdigest()
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def place(uri_or_path: str | Path, base: Path | None = None) -> Place:
+    """Open a path (`~` too; a relative one is below `base`, or the current folder) or a URI as a place.
+
+    Raises:
+        Refused: the URI names no file system, carries a password, or its store cannot be reached.
+    """
+    text = str(uri_or_path)
+    if "://" not in text:
+        return Place(LocalFileSystem(), str(((base or Path.cwd()) / Path(text).expanduser()).resolve()))
+    parts = urlsplit(text)
+    shown = text.replace(f":{parts.password}@", ":...@") if parts.password else text
+    if parts.password:
+        raise Refused(f"{shown} carries a password; leave it out and give it to the store's own credentials chain.")
+    try:
+        filesystem, path = FileSystem.from_uri(text)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        mend = "write a path or a URI such as s3://bucket/folder, and check its name, the network and the credentials"
+        raise Refused(f"{shown} cannot be opened ({reason}); {mend}.") from error
+    # An object store's path starts with the bucket, which the URI keeps where other file systems have a host.
+    if not path.strip("/") and filesystem.type_name in OBJECT_STORES:
+        raise Refused(f"{shown} names no bucket; write one behind the two slashes.")
+    host = "" if filesystem.type_name in OBJECT_STORES else parts.netloc
+    return Place(filesystem, path, f"{parts.scheme}://{host}", f"?{parts.query}" if parts.query else "")
+
+
+def step_name(step: int) -> str:
+    """The folder name of a checkpoint after `step` updates."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Place) -> int:
+    """The number of updates behind a checkpoint, from its name.
+
+    Raises:
+        Refused: the name is not one that `step_name` gives.
+    """
+    match = STEP_NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise Refused(f"{checkpoint.uri} is not a checkpoint; name a folder such as {step_name(100)}.")
+    return int(match[1])
+
+
+def newest_complete(checkpoints: Place, *, hashes: bool = False) -> tuple[Place | None, list[str]]:
+    """Find the newest whole checkpoint, and a notice for each newer one that had to be skipped.
+
+    Sizes are always compared. `hashes` reads the contents too: for who loads from `local_path` without a download.
+    """
+    notices: list[str] = []
+    for checkpoint in reversed(_steps(checkpoints)):
+        problem = checkpoint.problem(hashes=hashes)
+        if problem is None:
+            return checkpoint, notices
+        notices.append(f"The checkpoint {checkpoint.uri} is skipped: {problem}.")
+    return None, notices
+
+
+def download_newest(checkpoints: Place, to: Path) -> tuple[Place | None, list[str]]:
+    """Copy the newest checkpoint whose sizes and hashes hold to an empty or missing local folder."""
+    notices: list[str] = []
+    for checkpoint in reversed(_steps(checkpoints)):
+        problem = checkpoint.problem()
+        if problem is None:
+            try:
+                checkpoint.download(to)
+                return checkpoint, notices
+            except Damaged as damage:
+                problem = str(damage)
+                shutil.rmtree(to)
+        notices.append(f"The checkpoint {checkpoint.uri} is skipped: {problem}.")
+    return None, notices
+
+
+def to_delete(names: Sequence[str], keep: int | None, best: str | None) -> list[str]:
+    """Decide which checkpoints go: all but the newest `keep`, among which `best` takes a place of its own.
+
+    The newest stays in any case, so with `keep` 1 and another one the best, two stay.
+
+    Raises:
+        Refused: `keep` is below 1.
+    """
+    if keep is None:
+        return []
+    if keep < 1:
+        raise Refused(f"save_total_limit is {keep}; give at least 1, or leave it out to keep every checkpoint.")
+    ordered = sorted(names, key=_number)
+    newest = ordered[-keep:]
+    if best is not None and best in ordered and best not in newest:
+        newest = [best, *ordered[-max(keep - 1, 1) :]]
+    return [name for name in ordered if name not in newest]
+
+
+def prune(checkpoints: Place, keep: int | None, best: str | None) -> list[str]:
+    """Delete what `to_delete` says and what killed writers left; returns the names that went.
+
+    Only the writer of the run calls this, after its upload: whatever has a temporary name then is stale. A damaged
+    checkpoint counts for nothing: it goes once a newer one is whole, where there is a limit at all.
+    """
+    stale = [child.name for child in checkpoints.children() if STALE_NAME.fullmatch(child.name)]
+    steps = _steps(checkpoints)
+    whole = [step.name for step in steps if step.problem() is None]
+    gone = to_delete(whole, keep, best)
+    if keep is not None and whole:
+        gone += [step.name for step in steps if step.name not in whole and step_of(step) < max(map(_number, whole))]
+    for name in stale + gone:
+        checkpoints.child(name).delete()
+    return stale + gone
+
+
+def forget_after(checkpoints: Place, step: int) -> list[str]:
+    """Delete the checkpoints behind `step`, for a run that goes another way from there; returns their names."""
+    gone = [checkpoint for checkpoint in _steps(checkpoints) if step_of(checkpoint) > step]
+    for checkpoint in gone:
+        checkpoint.delete()
+    return [checkpoint.name for checkpoint in gone]
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("step_"))
+
+
+def _steps(checkpoints: Place) -> list[Place]:
+    return sorted((one for one in checkpoints.children() if STEP_NAME.fullmatch(one.name)), key=step_of)
