@@ -1,0 +1,130 @@
+"""Models and tokenizers from a local folder or a hub name, and a model's shape without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tunefleet.errors import Refused
+from tunefleet.model_settings import ModelSettings
+from tunefleet_strategies.contract import ModelShape, ParameterShape
+
+_T = TypeVar("_T")
+
+_ATTENTION = {"auto": None, "sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}
+"""`auto` leaves the choice to transformers: some architectures (Gemma 2) have no sdpa of their own."""
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever wraps it (PEFT), adapters included."""
+    base = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model.
+
+    Raises:
+        Refused: there is none, or its code may not run.
+    """
+    return _from(
+        settings,
+        "tokenizer",
+        lambda name: AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code),
+    )
+
+
+def load_model(
+    settings: ModelSettings, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The causal language model with its weights. Callers pass `use_cache=False` to its forward.
+
+    Args:
+        dtype: what the weights are loaded as; None keeps the checkpoint's own. `precision.cast` decides the rest after
+            the strategy has said what trains, so loading an fp32 checkpoint as bf16 would round what trains.
+
+    Raises:
+        Refused: it is missing or damaged, no causal language model, or its code may not run.
+    """
+    model = _from(
+        settings,
+        "model",
+        lambda name: AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=settings.trust_remote_code,
+            attn_implementation=_ATTENTION[settings.flash_attn],
+        ),
+    )
+    assert isinstance(model, PreTrainedModel)
+    return cast(PreTrainedModel, nn.Module.to(model, device))
+
+
+def meta_model(settings: ModelSettings) -> PreTrainedModel:
+    """The same architecture on the meta device: shapes and names, no weights, none read.
+
+    Raises:
+        Refused: as `load_model`.
+    """
+    config = _from(
+        settings,
+        "model",
+        lambda name: AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code),
+    )
+    with torch.device("meta"):
+        model = _from(
+            settings,
+            "model",
+            lambda _: cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=settings.trust_remote_code),
+        )
+    model.tie_weights()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def model_shape(model: nn.Module) -> ModelShape:
+    """Names and shapes of a model, its method attached or not; tied parameters count once."""
+    base = causal_lm(model)
+    config = base.config.get_text_config()
+    parameters = tuple(ParameterShape(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters())
+    return ModelShape(
+        architecture=type(base).__name__,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        parameters=parameters,
+    )
+
+
+def expert_share(model: nn.Module) -> float:
+    """The part of a mixture's experts that serves one token; 1 for a dense model (see `training.flops`)."""
+    config = causal_lm(model).config.get_text_config()
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return config.num_experts_per_tok / experts if experts else 1.0
+
+
+def _from(settings: ModelSettings, what: str, read: Callable[[str], _T]) -> _T:
+    name = settings.model_name_or_path
+    local = Path(name).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise Refused(f"model_name_or_path {name} holds no config.json: name a folder that transformers wrote.")
+        name = str(local)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise Refused(f"model_name_or_path {name} is no folder on this machine: correct the path.")
+    try:
+        return read(name)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        if "trust_remote_code" in str(error):
+            mend = "write trust_remote_code: true if you trust it"
+        else:
+            mend = "correct model_name_or_path, or make the model available here"
+        raise Refused(f"The {what} of {settings.model_name_or_path} cannot be loaded ({reason}): {mend}.") from error

@@ -1,0 +1,1 @@
+"""Tensors in, a stream of steps out: the loop, its loss, its engines and its checkpoints. It does not know Ray."""

@@ -1,0 +1,58 @@
+"""One rank of a group of two, without Ray: trains every cell and writes what it saw. Run by test_one_equals_two."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tests.contract.variants import COMPARED, VARIANTS
+from tests.training.tiny import MemoryRows, start
+
+from tunefleet.training.determinism import pin
+
+LONG, SHORT = 40, 8
+"""Updates of a cell. Two cells are followed for long; what differs between workers shows in the first few."""
+GLOBAL_BATCH = 5
+"""Odd, so that the shares of two workers differ."""
+ONE_ROW = "one row"
+"""A cell whose global batches are a single row, so that the second rank never has a sample."""
+EPSILON = 1e-6
+"""Where a gradient is zero but for rounding (the bias of keys, which softmax does not see), Adam's default 1e-8 blows
+the rounding up to a full step, on one worker as on two; nothing can agree there."""
+
+
+def train_cell(variant: str, architecture: str, global_batch: int = GLOBAL_BATCH) -> dict[str, Any]:
+    """Train one cell on however many ranks there are."""
+    rows = MemoryRows(count=23)  # the last batch of each epoch is short
+    run = start(
+        VARIANTS[variant],
+        architecture,
+        rows=rows,
+        updates=LONG if architecture == "llama" and variant in ("full", "lora") else SHORT,
+        global_batch=global_batch,
+        micro_batch=2 if architecture == "llama" else 3,
+        epsilon=EPSILON,
+    )
+    steps = list(run.steps())
+    return {
+        "losses": [step.loss for step in steps],
+        "norms": [step.grad_norm for step in steps],
+        "moved": run.moved(),
+        "tokens": sum(run.feed.seen),
+        "bytes": run.engine.bytes_sent,
+    }
+
+
+def main(rank: int, rendezvous: str, output: str) -> None:
+    pin(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    results = {cell: train_cell(*cell) for cell in COMPARED}
+    results["full", ONE_ROW] = train_cell("full", "gpt2", global_batch=1)
+    torch.save(results, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,58 @@
+"""One worker equals two for the same global batches (exact sums, not means of means), for every method."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.contract.pair import ONE_ROW, train_cell
+from tests.contract.variants import COMPARED
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+    """What both ranks of one group saw, all cells."""
+    folder = tmp_path_factory.mktemp("pair")
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    commands = [
+        [sys.executable, "-m", "tests.contract.pair", str(rank), str(folder / "meet"), str(folder / f"{rank}.pt")]
+        for rank in (0, 1)
+    ]
+    processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("variant", "architecture"), COMPARED)
+def test_one_worker_equals_two(pair: list[dict[tuple[str, str], Any]], variant: str, architecture: str) -> None:
+    one = train_cell(variant, architecture)
+    first, second = (rank[variant, architecture] for rank in pair)
+    assert first["losses"] == second["losses"]  # both ranks know the same sum
+    assert torch.tensor(first["losses"]) == pytest.approx(torch.tensor(one["losses"]), abs=1e-5)
+    assert max(one["norms"]) > 0.5, "clipping was never needed, so it was not tested"
+    assert torch.equal(first["moved"], second["moved"])
+    distance = float((first["moved"] - one["moved"]).norm() / one["moved"].norm())
+    assert 0.0 < distance <= 1e-4
+    assert first["tokens"] + second["tokens"] == one["tokens"]
+    assert first["tokens"] / one["tokens"] == pytest.approx(0.5, abs=0.15)
+    assert first["bytes"] > 0
+    assert one["bytes"] == 0
+
+
+def test_a_rank_without_samples_contributes_zeros(pair: list[dict[tuple[str, str], Any]]) -> None:
+    one = train_cell("full", "gpt2", global_batch=1)
+    first, second = (rank["full", ONE_ROW] for rank in pair)
+    assert second["tokens"] == 0
+    assert first["tokens"] == one["tokens"]
+    assert first["losses"] == second["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert torch.equal(first["moved"], second["moved"])
+    assert float((first["moved"] - one["moved"]).norm()) <= 1e-4 * float(one["moved"].norm())

@@ -1,0 +1,26 @@
+"""The cells of the contract test: every registered method and the LoRA family, on four architectures."""
+
+from __future__ import annotations
+
+from tests.training.tiny import ARCHITECTURES
+
+from tunefleet_strategies.contract import Strategy
+from tunefleet_strategies.freeze import Freeze
+from tunefleet_strategies.full import Full
+from tunefleet_strategies.lora import Lora
+
+VARIANTS: dict[str, Strategy] = {
+    "full": Full(),
+    "freeze": Freeze(freeze_trainable_layers=1),
+    "lora": Lora(lora_rank=4),
+    "lora_dropout": Lora(lora_rank=4, lora_dropout=0.2),
+    "dora": Lora(lora_rank=4, use_dora=True),
+    "rslora": Lora(lora_rank=4, use_rslora=True, lora_alpha=4),
+    "loraplus": Lora(lora_rank=4, loraplus_lr_ratio=4.0),
+    "pissa": Lora(lora_rank=4, pissa_init=True, pissa_iter=4),
+}
+
+CELLS = [(variant, architecture) for variant in VARIANTS for architecture in ARCHITECTURES]
+
+COMPARED = [(variant, architecture) for variant, architecture in CELLS if variant != "lora_dropout"]
+"""Cells that one and two workers must agree on: dropout differs between workers on purpose."""
