@@ -1,0 +1,82 @@
+"""The JSON Schema of a recipe, so that editors complete and check it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, JsonValue
+
+from tunefleet.recipe import owners, peers
+from tunefleet.recipe.check import properties
+from tunefleet_strategies import registry
+
+
+def recipe_schema() -> dict[str, JsonValue]:
+    """JSON Schema (draft 2020-12) of the flat recipe: the keys of every section and of every method that is there.
+
+    Null stands for the default everywhere. Which keys go together is checked by reading a recipe, not here.
+    """
+    keys: dict[str, JsonValue] = {}
+    for section in owners.SECTIONS.values():
+        keys |= _keys_of(section, "")
+    keys |= selectors()
+    for method in registry.methods():
+        keys |= {key: schema for key, schema in _keys_of(method, method.name).items() if key not in keys}
+    for key, reason in peers.IGNORED.items():
+        keys[key] = {"description": f"Accepted and not used, because {reason}.", "deprecated": True}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tunefleet recipe",
+        "type": "object",
+        "properties": keys,
+        "required": [
+            name
+            for section in owners.SECTIONS.values()
+            for name, field in section.model_fields.items()
+            if field.is_required()
+        ],
+        "additionalProperties": False,
+    }
+
+
+def selectors() -> dict[str, JsonValue]:
+    """The keys that choose the method. A switch whose method is not there yet can only be off."""
+    found: dict[str, list[JsonValue]] = {key: [] for key in sorted(registry.selector_keys())}
+    for method in registry.methods():
+        for key, value in method.selector.items():
+            if isinstance(value, str | bool) and value not in found[key]:
+                found[key].append(value)
+    schemas: dict[str, JsonValue] = {}
+    for key, values in found.items():
+        switch = not any(isinstance(value, str) for value in values)
+        taken = [False, *values] if switch else values
+        schemas[key] = {
+            "enum": [*taken, None],
+            "default": False if switch else registry.DEFAULT_TYPE,
+            "description": "Chooses the method"
+            + (", with `finetuning_type: full`." if switch and values else "." if values else "; not there yet."),
+        }
+    return schemas
+
+
+def _keys_of(owner: type[BaseModel], method: str) -> dict[str, JsonValue]:
+    """The schemas of an owner's keys, null allowed, named after the method if it is one's."""
+    found: dict[str, JsonValue] = {}
+    for key, schema in properties(owner).items():
+        about = f"{method}: {schema.get('description', '')}" if method else schema.get("description", "")
+        found[key] = {**_or_null(schema), "description": about}
+    return found
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, JsonValue]:
+    """The same schema for a key that may also be null."""
+    kept = {key: value for key, value in schema.items() if key != "title"}
+    if "anyOf" in kept:
+        branches = [branch for branch in kept.pop("anyOf") if branch != {"type": "null"}]
+        return {**kept, "anyOf": [*branches, {"type": "null"}]}
+    shared: dict[str, JsonValue] = {key: kept.pop(key) for key in ("default", "description") if key in kept}
+    if "enum" in kept or "const" in kept:
+        words = kept.get("enum", [kept["const"]] if "const" in kept else [])
+        return {**shared, "enum": [*words, None]}
+    return {**shared, "anyOf": [kept, {"type": "null"}]}
