@@ -1,0 +1,88 @@
+"""The recipes that are shipped: each is read without a notice, and each trains."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tunefleet.artifacts.metrics import read_metrics
+from tunefleet.recipe.read import read_recipe
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+RECIPES = sorted(path for path in JOBS.glob("*.yaml") if path.name != "runtime_env.yaml")
+PROMISED = {
+    "pretrain": "full",
+    "full_sft": "full",
+    "freeze_sft": "freeze",
+    "lora_sft": "lora",
+    "loraplus_sft": "lora",
+    "rslora_sft": "lora",
+    "dora_sft": "lora",
+    "pissa_sft": "lora",
+}
+
+by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def test_there_is_a_recipe_for_each_method() -> None:
+    assert PROMISED.keys() <= {path.stem for path in RECIPES}
+
+
+@by_name
+def test_recipe_is_read_without_a_notice(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.notices == ()
+    assert recipe.method.name == PROMISED.get(path.stem, recipe.method.name)
+
+
+@by_name
+def test_recipe_stands_on_the_quickstart(path: Path) -> None:
+    recipe = read_recipe(path)
+    start = ".quickstart/init" if recipe.data.stage == "pt" else ".quickstart/base"
+    assert recipe.model.model_name_or_path == start
+    assert recipe.data.dataset_dir == ".quickstart/data"
+    assert recipe.ray.ray_storage_path == ".quickstart/runs"
+
+
+def test_no_two_recipes_share_a_run() -> None:
+    names = [read_recipe(path).run_name for path in RECIPES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+@by_name
+def test_recipe_trains_three_steps(
+    path: Path, tmp_path: Path, quickstart_world: Path, tiny_model: Path, ray_address: str
+) -> None:
+    from tunefleet.launch.display import open_display
+    from tunefleet.launch.train import train
+
+    recipe = read_recipe(
+        path,
+        [
+            f"model_name_or_path={tiny_model}",
+            f"dataset_dir={quickstart_world / 'data'}",
+            f"output_dir={tmp_path / 'out'}",
+            f"ray_storage_path={tmp_path / 'runs'}",
+            f"cache_dir={quickstart_world / 'cache'}",
+            f"ray_address={ray_address}",
+            "max_steps=3",
+            "logging_steps=1",
+            "eval_strategy=no",
+            "eval_dataset=null",
+            "per_device_train_batch_size=2",
+        ],
+    )
+    outcome = train(recipe, open_display(Console(file=io.StringIO()), 1), tmp_path)
+    assert outcome.exit_code == 0
+    losses = [line["loss"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 3
+    # Near the loss of guessing, ln(512) = 6.2: the model is random and has hardly moved.
+    assert all(loss is not None and math.isfinite(loss) and 5.0 < loss < 7.5 for loss in losses)
+    weights = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
+    assert weights == {"adapter_model.safetensors" if recipe.method.name == "lora" else "model.safetensors"}
