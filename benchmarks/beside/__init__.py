@@ -1,0 +1,1 @@
+"""What a benchmark beside a peer needs: the work, the two environments, the runs and the honest table."""

@@ -1,0 +1,6 @@
+"""Puts `benchmarks/` on the path, where `python benchmarks/llamafactory.py` finds its own parts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
