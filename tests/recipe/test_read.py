@@ -117,7 +117,7 @@ def test_a_recipe_round_trips_through_its_flat_form(name: str, method: type) -> 
     assert again.flat() == recipe.flat()
     assert again.written == recipe.written
     assert read_flat(recipe.flat()) == recipe
-    assert {*recipe.flat()} >= {"optim", "finetuning_type", *method.model_fields}  # type: ignore[attr-defined]
+    assert {*recipe.flat()} >= {"optim", "finetuning_type", *method.model_fields}
 
 
 def test_layer_ids_round_trip_though_they_clear_the_count() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import jsonschema
 import pytest
@@ -15,7 +16,7 @@ from tunefleet_strategies import registry
 BASE: dict[str, object] = {"model_name_or_path": "base", "dataset": "rows.jsonl", "output_dir": "outputs/first"}
 
 
-def accepts(keys: dict[str, object]) -> bool:
+def accepts(keys: Mapping[str, object]) -> bool:
     return jsonschema.Draft202012Validator(recipe_schema()).is_valid(keys)
 
 

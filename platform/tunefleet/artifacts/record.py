@@ -130,7 +130,8 @@ class Recorder:
         self._logging_steps, self._updates = logging_steps, updates
         self._sums = _restored(state)
         folder.mkdir(parents=True, exist_ok=True)
-        history = rewind(folder / METRICS, resume_step)
+        # Whoever brings no state begins: lines of an attempt that never came to a checkpoint are not part of the run.
+        history = rewind(folder / METRICS, -1 if state is None else resume_step)
         self._expect(len(history), resume_step)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._curves = self._open_curves(history) if tensorboard else None
@@ -172,7 +173,8 @@ class Recorder:
         sums.eval_loss = eval_loss
         if sums.first_eval_loss is None:
             sums.first_eval_loss = eval_loss
-        better = sums.best_eval_loss is None or eval_loss < sums.best_eval_loss
+        # The model before its first step is a yardstick, and no checkpoint holds it.
+        better = step > 0 and (sums.best_eval_loss is None or eval_loss < sums.best_eval_loss)
         if better:
             sums.best_step, sums.best_eval_loss = step, eval_loss
         return better

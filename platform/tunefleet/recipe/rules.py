@@ -52,6 +52,8 @@ def _asks_evaluation(v: Values) -> str | None:
         return "do_eval: true"
     if v.text("eval_strategy") != "no":
         return f"eval_strategy: {v.text('eval_strategy')}"
+    if v.on("eval_on_start"):
+        return "eval_on_start: true"
     return "load_best_model_at_end: true" if v.on("load_best_model_at_end") else None
 
 
@@ -152,7 +154,10 @@ RULES: tuple[Rule, ...] = (
     (("do_train",), _no_training),
     (("bf16", "pure_bf16", "fp16"), _two_formats),
     (("bf16", "pure_bf16"), _half_pure),
-    (("do_eval", "eval_strategy", "load_best_model_at_end", "eval_dataset", "val_size"), _nothing_to_evaluate),
+    (
+        ("do_eval", "eval_strategy", "eval_on_start", "load_best_model_at_end", "eval_dataset", "val_size"),
+        _nothing_to_evaluate,
+    ),
     (("eval_dataset", "val_size"), _two_evaluation_sets),
     (("load_best_model_at_end", "eval_strategy", "save_strategy"), _best_needs_evaluation),
     (

@@ -46,6 +46,7 @@ class RunSettings(Settings):
     )
     eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="When the held-out rows are evaluated.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between two evaluations; left out, `logging_steps`.")
+    eval_on_start: bool = Field(False, description="Evaluate before the first step too: the model as it was.")
     load_best_model_at_end: bool = Field(
         False, description="Hand over the checkpoint with the lowest `eval_loss` instead of the last one."
     )
@@ -191,6 +192,11 @@ class Recipe(Settings):
     def run_name(self) -> str:
         """The run's folder below `ray_storage_path`."""
         return self.ray.ray_run_name or slug(self.run.output_dir)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything asks for an evaluation."""
+        return self.training.do_eval or self.run.eval_on_start or self.run.eval_strategy != "no"
 
     def flat(self) -> dict[str, JsonValue]:
         """Every key with its value, as JSON: what `read_flat` takes back."""

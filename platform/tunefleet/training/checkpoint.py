@@ -42,17 +42,8 @@ class Progress:
 
     step: int = 0
     """Updates applied, also the index of the next one in the batch schedule."""
-    epoch: float = 0.0
-    tokens: int = 0
-    """Real tokens seen so far by all workers."""
-    target_tokens: int = 0
-    logged_loss: float = 0.0
-    """Token losses summed since the last logged line, over all workers."""
-    logged_targets: int = 0
-    logged_tokens: int = 0
-    logged_seconds: float = 0.0
-    best_metric: float | None = None
-    best_step: int | None = None
+    record: Mapping[str, int | float | None] = field(default_factory=dict)
+    """The sums that whoever records the run goes on from (`artifacts.record.Recorder.state`)."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +68,23 @@ class Loaded:
     notices: tuple[str, ...]
 
 
-def save(folder: Path, state: RunState, progress: Progress) -> None:
-    """Write a checkpoint. Collective: every rank calls it, rank 0 writes into the existing `folder`."""
+def save(folder: Path, state: RunState, progress: Progress, *, only_weights: bool = False) -> None:
+    """Write a checkpoint. Collective: every rank calls it, rank 0 writes into the existing `folder`.
+
+    Args:
+        only_weights: leave out what only a resume needs; `load` then refuses the checkpoint, `load_weights` takes it.
+    """
     random = state.engine.gather(capture(state.engine.model))
     if state.engine.rank != 0:
         return
     _save_tensors(_weights(state.model), folder / "weights.safetensors")
     _save_tensors(dict(state.initial), folder / "initial.safetensors")
-    _save_tensors({f"rank{rank}": own for rank, own in enumerate(random)}, folder / "random.safetensors")
-    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
     document = {"progress": asdict(progress), "engine": state.engine.state()}
     (folder / "state.json").write_text(json.dumps(document, indent=1))
+    if only_weights:
+        return
+    _save_tensors({f"rank{rank}": own for rank, own in enumerate(random)}, folder / "random.safetensors")
+    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
 
 
 def load(folder: Path, state: RunState) -> Loaded:
@@ -123,6 +120,21 @@ def load_initial(folder: Path) -> dict[str, Tensor]:
         Refused: the file is missing or damaged.
     """
     return _read(folder / "initial.safetensors", load_file)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put only the weights of a checkpoint back: what was best, at the end of a run.
+
+    Raises:
+        Refused: the file is missing, damaged or made for another model.
+    """
+    weights = _read(folder / "weights.safetensors", load_file)
+    try:
+        _put_weights(model, weights)
+    except ValueError as error:
+        raise Refused(
+            f"The checkpoint {folder} does not belong to this run ({error}): resume from another one."
+        ) from error
 
 
 def fingerprints(state: RunState) -> dict[str, str]:

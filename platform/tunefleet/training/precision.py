@@ -22,11 +22,16 @@ class Hardware:
     """Whether it multiplies bf16 matrices natively; without it bf16 is emulated and slower than fp32."""
 
 
-def local_hardware() -> Hardware:
-    """What this machine has."""
-    if torch.cuda.is_available():
-        return Hardware("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+def local_cpu() -> Hardware:
+    """This machine's processor."""
     return Hardware("cpu", torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def local_gpu() -> Hardware | None:
+    """This machine's GPU, if it has one."""
+    if not torch.cuda.is_available():
+        return None
+    return Hardware("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def resolve(settings: TrainingSettings, hardware: Hardware) -> tuple[Precision, tuple[str, ...]]:

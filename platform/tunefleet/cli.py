@@ -1,0 +1,237 @@
+"""The commands. Each imports what it needs when it runs, so that `tunefleet --help` answers at once.
+
+Exit codes: 0 done, 1 the run failed, 2 the recipe or the command is at fault, 130 and 143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tunefleet.errors import Refused, RunFailed
+
+if TYPE_CHECKING:
+    from tunefleet.recipe.sections import Recipe
+
+app = typer.Typer(
+    name="tunefleet",
+    help="Fine-tuning that is native to Ray: one flat YAML, one tuning method, anywhere from a laptop to a cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A flat YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys that replace those of the file; null clears.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table for people.")]
+Address = Annotated[str | None, typer.Option(help="An existing Ray cluster; the same as ray_address in the recipe.")]
+
+_console = Console()
+_errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Run a command and turn its errors into one sentence and an exit code."""
+    from tunefleet.recipe.problems import RecipeError
+    from tunefleet_strategies.contract import StrategyError
+
+    try:
+        app()
+    except RecipeError as error:
+        for problem in error.problems:
+            _errors.print(str(problem), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (Refused, StrategyError) as error:
+        _errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except RunFailed as error:
+        _errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _read(path: Path, overrides: list[str] | None, address: str | None = None) -> Recipe:
+    from tunefleet.recipe.read import read_recipe
+
+    written = list(overrides or [])
+    if address is not None:
+        written.append(f"ray_address={address}")
+    return read_recipe(path, written)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
+    """Train. The same command continues a run that was interrupted."""
+    read = _read(recipe, overrides, address)
+    from tunefleet.artifacts.report import summary_table
+    from tunefleet.launch.display import open_display
+    from tunefleet.launch.train import train as run
+
+    display_console = _errors if as_json else _console
+    outcome = run(read, open_display(display_console, read.run.logging_steps), Path.cwd())
+    if as_json:
+        _print_json({"output_dir": str(outcome.output_dir), "run": outcome.run.uri, **outcome.summary})
+    elif outcome.exit_code:
+        _console.print(
+            f"Stopped at step {outcome.summary['step']} with a checkpoint; the same command goes on from it."
+        )
+    else:
+        _console.print(summary_table(outcome.summary))
+        _console.print(f"[bold]{outcome.output_dir}[/]")
+    sys.exit(outcome.exit_code)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not tokenise; print what is known without.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print every number of a run without loading weights."""
+    read = _read(recipe, overrides, address)
+    from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
+    from tunefleet.launch.draft import draft
+    from tunefleet.launch.tables import plan_table
+
+    if cluster_address(read.ray) is None:
+        made = draft(read, local_shape(read.ray), Path.cwd(), with_data=not no_data)
+    else:
+        with ray_session(read.ray):
+            made = draft(read, joined_shape(), Path.cwd(), with_data=not no_data)
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+        return
+    _console.print(plan_table(made))
+    for notice in made.notices:
+        _console.print(f"[yellow]note[/] {notice}", highlight=False)
+
+
+@app.command()
+def data(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show tokenised rows; what is learned stands out from what is only read."""
+    read = _read(recipe, overrides)
+    from tunefleet.data.show import rows_as_json, rows_as_text
+    from tunefleet.launch.draft import tokenised
+    from tunefleet.launch.tables import data_table
+    from tunefleet.models import load_tokenizer
+
+    prepared = tokenised(read)
+    tokenizer = load_tokenizer(read.model)
+    if prepared.train is None:
+        raise Refused("The recipe names no training data: write dataset.")
+    if as_json:
+        _print_json(rows_as_json(prepared.train, tokenizer, rows))
+        return
+    _console.print(data_table(prepared))
+    for text in rows_as_text(prepared.train, tokenizer, rows):
+        _console.print(text)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A trained folder: an adapter or a full model.")],
+    to: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if it is not where the adapter says.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base: a folder that transformers loads by itself."""
+    from tunefleet.artifacts.export import export as write
+
+    written = write(source, to, dtype=dtype, base=base)
+    if as_json:
+        _print_json({"folder": str(written)})
+    else:
+        _console.print(f"[bold]{written}[/]")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A trained folder; the base of an adapter is found by itself.")],
+    prompt: Annotated[str, typer.Option(help="What to answer.")],
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    base: Annotated[str | None, typer.Option(help="The base model, if it is not where the adapter says.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt."""
+    from tunefleet.artifacts.generate import answer
+
+    text = answer(
+        folder, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base=base, seed=seed
+    )
+    if as_json:
+        _print_json({"prompt": prompt, "answer": text})
+    else:
+        _console.print(text, markup=False, highlight=False)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The same as a page (docs/recipe.md).")] = False,
+) -> None:
+    """Print the JSON Schema of a recipe, so that editors complete and check it."""
+    from tunefleet.recipe.docs import recipe_markdown
+    from tunefleet.recipe.schema import recipe_schema
+
+    if markdown:
+        sys.stdout.write(recipe_markdown())
+    else:
+        _print_json(recipe_schema())
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the tuning methods, each with how it is selected and the keys that it owns."""
+    from tunefleet.launch.tables import methods_table
+    from tunefleet_strategies.registry import methods as registered
+
+    if as_json:
+        _print_json(
+            [
+                {
+                    "name": method.name,
+                    "summary": method.summary,
+                    "selector": dict(method.selector),
+                    "keys": list(method.model_fields),
+                }
+                for method in registered()
+            ]
+        )
+        return
+    _console.print(methods_table(registered()))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what of the stack is here: versions, devices, number formats, Ray."""
+    from tunefleet.launch.doctor import examine
+    from tunefleet.launch.tables import doctor_table
+
+    findings = examine()
+    if as_json:
+        _print_json([finding.__dict__ for finding in findings])
+    else:
+        _console.print(doctor_table(findings))
+    sys.exit(0 if all(finding.ok for finding in findings) else 1)

@@ -1,0 +1,1 @@
+"""One run, somewhere: the driver's side, from a recipe to a finished folder."""

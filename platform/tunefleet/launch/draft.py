@@ -1,0 +1,84 @@
+"""Gathering what a plan is made from: tokens, the model's shape, the cluster's shape. No weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tunefleet.data.prepare import PreparedData, prepare
+from tunefleet.data.tokens import TokenSplit
+from tunefleet.errors import Refused
+from tunefleet.models import load_tokenizer, meta_model, model_shape
+from tunefleet.plan import ClusterShape, DataShape, Plan, SplitShape, make_plan
+from tunefleet.recipe.sections import Recipe
+from tunefleet_strategies.contract import AttachContext, Precision
+
+Progress = Callable[[str, int, int], None]
+
+_SHAPE_ONLY = Precision(torch.float32, torch.float32, torch.float32)
+"""On meta tensors the number formats change no shape; the plan decides them afterwards."""
+
+
+def draft(
+    recipe: Recipe, cluster: ClusterShape, root: Path, progress: Progress | None = None, with_data: bool = True
+) -> Plan:
+    """Make the plan of a recipe; tokenises the data if the cache lacks it and `with_data` is set.
+
+    Raises:
+        Refused: data, model or cluster do not allow the run.
+        StrategyError: the method cannot do this on this model.
+    """
+    model = recipe.method.attach(meta_model(recipe.model), AttachContext(precision=_SHAPE_ONLY))
+    shape = model_shape(model)
+    notices = recipe.method.notices(model)
+    # Whatever the cluster or the method refuses is refused before a long tokenisation.
+    made = make_plan(recipe, shape, None, cluster, str(root), notices)
+    if not with_data:
+        return made
+    prepared = tokenised(recipe, progress)
+    return make_plan(recipe, shape, data_shape(prepared), cluster, str(root), [*notices, *_data_notices(prepared)])
+
+
+def tokenised(recipe: Recipe, progress: Progress | None = None) -> PreparedData:
+    """The recipe's token splits, from the cache or made now."""
+    return prepare(
+        recipe.data,
+        load_tokenizer(recipe.model),
+        seed=recipe.training.order_seed,
+        need_eval=recipe.evaluates,
+        progress=progress,
+    )
+
+
+def data_shape(prepared: PreparedData) -> DataShape:
+    """Sizes of what was tokenised.
+
+    Raises:
+        Refused: there is nothing to train on.
+    """
+    if prepared.train is None or prepared.train.target_tokens == 0:
+        raise Refused("No token of the training data is learned: show its rows with `tunefleet data`, mend the data.")
+    evaluation = _split_shape(prepared.evaluation) if prepared.evaluation else None
+    return DataShape(
+        train=_split_shape(prepared.train),
+        evaluation=evaluation,
+        train_sha256=prepared.files["train.arrow"],
+        bad_rows=prepared.bad_rows.count,
+    )
+
+
+def _split_shape(split: TokenSplit) -> SplitShape:
+    return SplitShape(rows=split.rows, tokens=split.tokens, target_tokens=split.target_tokens)
+
+
+def _data_notices(prepared: PreparedData) -> list[str]:
+    bad = prepared.bad_rows
+    if not bad.count:
+        return list(prepared.notices)
+    shown = "; ".join(f"{row.source} row {row.row}: {row.reason}" for row in bad.first)
+    return [
+        *prepared.notices,
+        f"{bad.count:,} rows are not used ({shown}{'; ...' if bad.count > len(bad.first) else ''}).",
+    ]

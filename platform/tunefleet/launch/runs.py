@@ -1,0 +1,139 @@
+"""Whether a command starts a run, continues it, or must leave it alone; and its folder made ready for that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.artifacts.record import RESULT
+from tunefleet.errors import Refused
+from tunefleet.plan import Plan, differences, mathematics
+from tunefleet.storage import Place, forget_after, newest_complete, place, step_of
+
+_MATHEMATICS, _PLAN, _ORIGIN = "mathematics.json", "plan.json", "origin.json"
+
+# Ray's own notes on checkpoints. They go before each start: ours decide, and Ray refuses to start where its notes name
+# a checkpoint that retention has removed.
+_RAY_NOTES = "checkpoint_manager_snapshot.json"
+
+
+@contextmanager
+def claimed(folder: RunFolder) -> Iterator[None]:
+    """Hold a run against a second driver on the same machine.
+
+    Raises:
+        Refused: another process is running it.
+    """
+    local = folder.root.local_path
+    if local is None:
+        yield
+        return
+    local.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(local / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise Refused(
+            f"The run {local.name} is being run by another process: wait for it, or choose another ray_run_name."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(plan: Plan, folder: RunFolder) -> list[str]:
+    """Make a run's folder ready to start or to be continued. Returns notices.
+
+    Raises:
+        Refused: the run is finished, the recipe is not the one that it was started with, or the checkpoint that the
+            recipe names is none.
+    """
+    run, finished = plan.recipe.run, folder.finished()
+    if finished and not run.overwrite_output_dir:
+        raise Refused(
+            f"The run {plan.place.run_name} is finished ({folder.root.uri}): write overwrite_output_dir: true to "
+            f"run it anew, or choose another output_dir or ray_run_name."
+        )
+    notices: list[str] = []
+    origin = _named_checkpoint(plan)
+    started = folder.record.child(_MATHEMATICS).exists()
+    if origin is not None and (finished or not _began_from(folder, origin)):
+        _begin_from(origin, plan, folder, started)
+    elif finished or run.resume_from_checkpoint is False:
+        _clear(folder)
+    elif started:
+        notices = _continue(plan, folder)
+    if run.resume_from_checkpoint is True and newest_complete(folder.checkpoints)[0] is None:
+        raise Refused(
+            f"resume_from_checkpoint: true, but {folder.checkpoints.uri} holds no checkpoint: leave the key out to "
+            f"start."
+        )
+    for leftover in (folder.root.child(_RAY_NOTES), folder.root.child("scratch"), folder.record.child("failures")):
+        leftover.delete()
+    folder.record.child(_MATHEMATICS).write_text(json.dumps(mathematics(plan), indent=2))
+    folder.record.child(_PLAN).write_text(plan.model_dump_json(indent=2))
+    return notices
+
+
+def _continue(plan: Plan, folder: RunFolder) -> list[str]:
+    if not plan.resumable:
+        _clear(folder)
+        return [f"The unfinished run {plan.place.run_name} keeps nothing to go on from and begins anew."]
+    _refuse_differences(plan, folder)
+    newest, notices = newest_complete(folder.checkpoints)
+    if newest is None:
+        return notices
+    return [*notices, f"The run {plan.place.run_name} goes on from step {step_of(newest)}."]
+
+
+def _named_checkpoint(plan: Plan) -> Place | None:
+    """The checkpoint that the recipe names, seen to be whole."""
+    wish = plan.recipe.run.resume_from_checkpoint
+    if not isinstance(wish, str):
+        return None
+    named = place(wish, base=Path(plan.place.root))
+    step_of(named)
+    problem = named.problem()
+    if problem is not None:
+        raise Refused(f"resume_from_checkpoint {named.uri} is not whole ({problem}): name another checkpoint.")
+    return named
+
+
+def _began_from(folder: RunFolder, origin: Place) -> bool:
+    """Whether this start was made already, so that the same command goes on instead of starting there again."""
+    note = folder.record.child(_ORIGIN)
+    return note.exists() and json.loads(note.read_text()) == origin.uri
+
+
+def _begin_from(origin: Place, plan: Plan, folder: RunFolder, started: bool) -> None:
+    """Go another way from a checkpoint of this run, or begin at one of another run."""
+    if origin.path.startswith(f"{folder.checkpoints.path}/"):
+        if started:
+            _refuse_differences(plan, folder)
+        forget_after(folder.checkpoints, step_of(origin))
+        folder.record.child(RESULT).delete()
+        folder.model.delete()
+    else:
+        _clear(folder)
+    folder.record.child(_ORIGIN).write_text(json.dumps(origin.uri))
+
+
+def _clear(folder: RunFolder) -> None:
+    for part in (folder.checkpoints, folder.model, folder.record):
+        part.delete()
+
+
+def _refuse_differences(plan: Plan, folder: RunFolder) -> None:
+    recorded = json.loads(folder.record.child(_MATHEMATICS).read_text())
+    changed = differences(recorded, json.loads(json.dumps(mathematics(plan))))
+    if changed:
+        raise Refused(
+            f"The unfinished run {plan.place.run_name} was started with other values ({'; '.join(changed)}): restore "
+            f"them to continue it, write resume_from_checkpoint: false to start anew, or choose another ray_run_name."
+        )

@@ -1,0 +1,173 @@
+"""One training run from the driver's side: plan it, claim its folder, run it under Ray Train, bring the result home."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.result import Result
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.artifacts.metrics import METRICS
+from tunefleet.artifacts.report import loss_plot
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
+from tunefleet.launch.display import Display
+from tunefleet.launch.draft import draft
+from tunefleet.launch.placement import run_config, scaling
+from tunefleet.launch.runs import claimed, open_run
+from tunefleet.launch.signals import StopWish, stop_wishes
+from tunefleet.plan import Plan
+from tunefleet.recipe.sections import Recipe
+from tunefleet.storage import Place, place
+from tunefleet.worker.failures import failures, last_failure
+from tunefleet.worker.job import JobConfig
+from tunefleet.worker.mailbox import open_mailbox
+from tunefleet.worker.run import run_worker
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    plan: Plan
+    run: Place
+    output_dir: Path
+    summary: dict[str, Any]
+    """What rank 0 returned: steps, losses, tokens per second, fingerprints."""
+    exit_code: int
+    """0 finished, 130 or 143 stopped by a signal with a checkpoint."""
+
+
+def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
+    """Run a recipe to its end, or until a signal stops it.
+
+    Args:
+        root: the folder that relative paths of the recipe start from.
+
+    Raises:
+        Refused: the recipe cannot run; nothing was started.
+        RunFailed: the run came to grief.
+    """
+    with ExitStack() as stack:
+        joins = cluster_address(recipe.ray) is not None
+        if joins:
+            stack.enter_context(ray_session(recipe.ray))
+        cluster = joined_shape() if joins else local_shape(recipe.ray)
+        plan = draft(recipe, cluster, root)
+        storage = place(plan.place.storage_path, base=root)
+        folder = RunFolder(storage.child(plan.place.run_name))
+        output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
+        _refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
+        stack.enter_context(claimed(folder))
+        notices = open_run(plan, folder)
+        for text in (*plan.notices, *notices):
+            display.note(text)
+        if not joins:
+            stack.enter_context(ray_session(recipe.ray))
+        wish = stack.enter_context(stop_wishes())
+        stack.enter_context(display)
+        summary = _fit(plan, storage, folder, display, wish)
+        if not summary["stopped"]:
+            _bring_home(folder, output_dir, recipe.run.plot_loss)
+        return Outcome(plan, folder.root, output_dir, summary, wish.exit_code if summary["stopped"] else 0)
+
+
+def _fit(plan: Plan, storage: Place, folder: RunFolder, display: Display, wish: StopWish) -> dict[str, Any]:
+    """Run the workers; show what they tell; pass a wish to stop on to them."""
+    mailbox = open_mailbox()
+    config: JobConfig = {
+        "plan": plan.model_dump_json(),
+        "run": folder.root.uri,
+        "mailbox": mailbox,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    function: Any = run_worker  # Ray's types know no function that returns something
+    trainer = TorchTrainer(
+        function,
+        train_loop_config=dict(config),
+        scaling_config=scaling(plan),
+        run_config=run_config(plan, storage),
+        torch_config=TorchConfig(timeout_s=plan.recipe.ray.ddp_timeout),
+    )
+    fit = _Fit(trainer)
+    fit.start()
+    told = False
+    while fit.is_alive():
+        fit.join(_POLL_SECONDS)
+        for event in ray.get(mailbox.drain.remote()):
+            display.show(event)
+        if wish.signal is not None and not told:
+            display.note("stopping: the workers save a checkpoint at the next step (once more to break off at once)")
+            mailbox.stop.remote()
+            told = True
+    for event in ray.get(mailbox.drain.remote()):
+        display.show(event)
+    ray.kill(mailbox)
+    return fit.summary(folder)
+
+
+class _Fit(threading.Thread):
+    """`TorchTrainer.fit` off the main thread, which must stay free for signals."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True, name="fit")
+        self._trainer = trainer
+        self._result: Result | None = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            result: Any = self._trainer.fit()  # Ray declares the older of its two results
+            self._result = result
+        except Exception as error:  # handed over to the main thread, which raises it
+            self._error = error
+
+    def summary(self, folder: RunFolder) -> dict[str, Any]:
+        """What rank 0 returned.
+
+        Raises:
+            Refused: the workers found that the recipe cannot run.
+            RunFailed: anything else went wrong.
+        """
+        returned: Any = None if self._result is None else self._result.return_value
+        if isinstance(returned, dict) and "failed" not in returned:
+            return returned
+        failure = last_failure(failures(folder.record))
+        if failure is not None and failure.refused:
+            raise Refused(failure.message)
+        if failure is not None:
+            raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from self._error
+        raise RunFailed(f"The run failed before its first step: {self._error}") from self._error
+
+
+def _refuse_foreign_output(output_dir: Path, folder: RunFolder, overwrite: bool) -> None:
+    """Leave files alone that this run has not written."""
+    if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    marker = output_dir / "run.json"
+    if not marker.is_file() or json.loads(marker.read_text())["run"] != folder.root.uri:
+        raise Refused(
+            f"output_dir {output_dir} holds files of something else: choose another output_dir, or write "
+            f"overwrite_output_dir: true to write over them."
+        )
+
+
+def _bring_home(folder: RunFolder, output_dir: Path, plot: bool) -> None:
+    """Copy model and record to the driver's disk and draw the loss."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    folder.model.download(output_dir)
+    folder.record.download(output_dir)
+    (output_dir / "run.json").write_text(json.dumps({"run": folder.root.uri}))
+    if plot:
+        loss_plot(output_dir / METRICS, output_dir / "loss.png")

@@ -1,0 +1,394 @@
+"""Every number of a run, decided before anything starts.
+
+`make_plan` is a pure function of the recipe, the model's shape, the data's shape and the cluster's shape. What cannot
+run is refused here, in one sentence that names the keys that clash and the nearest recipe that would run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, JsonValue, PlainSerializer
+
+from tunefleet.data.batches import BatchSchedule
+from tunefleet.errors import Refused
+from tunefleet.recipe.read import read_flat
+from tunefleet.recipe.sections import Recipe
+from tunefleet.settings import Settings
+from tunefleet.training.precision import Hardware, resolve
+from tunefleet_strategies.contract import ModelShape, Precision, Traits
+
+
+@dataclass(frozen=True)
+class NodeShape:
+    """What one machine offers."""
+
+    cpus: float
+    gpus: float = 0.0
+    others: Mapping[str, float] | None = None
+    """Custom resources by name."""
+
+    def fits(self, request: Mapping[str, float]) -> int:
+        """How many workers of this size the machine holds."""
+        offered = {"CPU": self.cpus, "GPU": self.gpus, **(self.others or {})}
+        asked = {name: amount for name, amount in request.items() if amount > 0}
+        return min((int(offered.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items()), default=0)
+
+
+@dataclass(frozen=True)
+class ClusterShape:
+    """The machines that a run may use, and what their processors can do."""
+
+    nodes: tuple[NodeShape, ...]
+    cpu: Hardware
+    gpu: Hardware | None = None
+    """None where no machine has one."""
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    def fits(self, request: Mapping[str, float]) -> int:
+        """How many workers of this size the machines hold."""
+        return sum(node.fits(request) for node in self.nodes)
+
+    def hardware(self, device: Literal["cpu", "cuda"]) -> Hardware:
+        """What trains where the workers get this device."""
+        return self.gpu if device == "cuda" and self.gpu is not None else self.cpu
+
+
+@dataclass(frozen=True)
+class SplitShape:
+    """Size of one tokenised split."""
+
+    rows: int
+    tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What the token cache holds for a recipe."""
+
+    train: SplitShape
+    evaluation: SplitShape | None
+    train_sha256: str
+    """Hash of the training rows as tokens."""
+    bad_rows: int = 0
+
+
+class WorkerPlan(Settings):
+    """How many workers, how large, and where."""
+
+    count: int
+    device: Literal["cpu", "cuda"]
+    resources: dict[str, float]
+    placement_strategy: str
+    threads: int
+
+
+class PrecisionPlan(Settings):
+    """Which number format holds what, by torch's names."""
+
+    compute: str
+    trainable: str
+    frozen: str
+
+    def resolved(self) -> Precision:
+        """The same as torch dtypes."""
+        import torch
+
+        formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        return Precision(formats[self.compute], formats[self.trainable], formats[self.frozen])
+
+
+class BatchPlan(Settings):
+    """Samples and updates. An update is one optimizer step on one global batch."""
+
+    micro_batch_samples: int
+    accumulation: int
+    global_batch_samples: int
+    updates: int | None
+    updates_per_epoch: int | None
+    warmup_updates: int | None
+
+
+class CadencePlan(Settings):
+    """After how many updates something happens; None = never."""
+
+    logging: int
+    saving: int | None
+    evaluation: int | None
+    evaluates_at_start: bool
+    evaluates_at_end: bool
+
+
+class ModelPlan(Settings):
+    """Figures of the model with the method attached."""
+
+    architecture: str
+    parameters: int
+    trainable_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+class DataPlan(Settings):
+    """Figures of the tokenised data."""
+
+    train_rows: int
+    train_tokens: int
+    train_target_tokens: int
+    evaluation_rows: int | None
+    train_sha256: str
+    """Hash of the training rows as tokens."""
+    bad_rows: int
+
+
+class PlacePlan(Settings):
+    """Where a run lives. The folder of a run is storage_path/run_name."""
+
+    run_name: str
+    storage_path: str
+    output_dir: str
+    root: str
+    """Absolute folder that relative paths of the recipe are relative to."""
+
+
+class Plan(Settings):
+    """All decisions of one run. Travels to the workers as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+
+    recipe: Annotated[
+        Recipe,
+        PlainSerializer(lambda recipe: recipe.flat(), return_type=dict[str, Any]),
+        BeforeValidator(lambda value: value if isinstance(value, Recipe) else read_flat(value)),
+    ]
+    workers: WorkerPlan
+    precision: PrecisionPlan
+    batch: BatchPlan
+    cadence: CadencePlan
+    model: ModelPlan
+    data: DataPlan | None
+    place: PlacePlan
+    resumable: bool
+    notices: tuple[str, ...]
+
+
+def make_plan(
+    recipe: Recipe,
+    model: ModelShape,
+    data: DataShape | None,
+    cluster: ClusterShape,
+    root: str,
+    notices: Sequence[str] = (),
+) -> Plan:
+    """Decide a run.
+
+    Args:
+        data: None where the data has not been tokenised; then only what does not depend on it is decided.
+        root: the absolute folder that the recipe's relative paths start from.
+        notices: sentences gathered while the arguments were made.
+
+    Raises:
+        Refused: the recipe cannot run on this cluster.
+    """
+    traits = recipe.method.traits()
+    workers = _worker_plan(recipe, traits, cluster)
+    _refuse_what_is_not_built(recipe)
+    if not traits.accumulation and recipe.training.gradient_accumulation_steps > 1:
+        raise Refused(
+            f"{recipe.method.name} cannot accumulate gradients, but gradient_accumulation_steps is "
+            f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
+        )
+    precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
+    batch = _batch_plan(recipe, workers.count, data)
+    footprint = recipe.method.footprint(model, precision)
+    return Plan(
+        recipe=recipe,
+        workers=workers,
+        precision=PrecisionPlan(
+            compute=_dtype_name(precision.compute),
+            trainable=_dtype_name(precision.trainable),
+            frozen=_dtype_name(precision.frozen),
+        ),
+        batch=batch,
+        cadence=_cadence_plan(recipe, batch),
+        model=ModelPlan(
+            architecture=model.architecture,
+            parameters=model.total,
+            trainable_parameters=model.trainable,
+            weight_bytes=footprint.weights,
+            gradient_bytes=footprint.gradients,
+            optimizer_bytes=0 if recipe.training.optim == "sgd" else footprint.optimizer_state,
+        ),
+        data=_data_plan(data),
+        place=PlacePlan(
+            run_name=recipe.run_name,
+            storage_path=recipe.ray.ray_storage_path,
+            output_dir=recipe.run.output_dir,
+            root=root,
+        ),
+        resumable=traits.resumable and not recipe.run.save_only_model,
+        notices=(*recipe.notices, *notices, *precision_notices, *_resume_notices(recipe)),
+    )
+
+
+def _dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_what_is_not_built(recipe: Recipe) -> None:
+    if recipe.training.deepspeed is not None:
+        raise Refused(
+            "deepspeed is read but there is no DeepSpeed engine yet: leave the key out to train with plain data "
+            "parallelism over ray_num_workers."
+        )
+
+
+def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> WorkerPlan:
+    count = recipe.ray.ray_num_workers
+    if not isinstance(count, int):
+        low, high = count
+        raise Refused(
+            f"ray_num_workers: [{low}, {high}] asks for elastic workers, which are not built yet: write "
+            f"ray_num_workers: {high}."
+        )
+    if traits.max_workers is not None and count > traits.max_workers:
+        raise Refused(
+            f"{recipe.method.name} runs on at most {traits.max_workers} worker(s), but ray_num_workers is {count}: "
+            f"write ray_num_workers: {traits.max_workers} (and multiply gradient_accumulation_steps by {count} to "
+            f"keep the global batch)."
+        )
+    request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
+    room = cluster.fits(request)
+    if room < count:
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
+        raise Refused(
+            f"ray_num_workers: {count} with {wanted} for each worker does not fit on the cluster "
+            f"({cluster.cpus:g} CPU, {cluster.gpus:g} GPU): "
+            + (f"at most ray_num_workers: {room} does." if room else "make resources_per_worker smaller.")
+        )
+    return WorkerPlan(
+        count=count,
+        device="cuda" if request.get("GPU", 0) > 0 else "cpu",
+        resources=request,
+        placement_strategy=recipe.ray.placement_strategy,
+        threads=max(1, int(request.get("CPU", 1))),
+    )
+
+
+def _default_request(count: int, cluster: ClusterShape) -> dict[str, float]:
+    """One GPU for each worker if there are any, else the CPUs divided evenly (whole ones, on whole machines)."""
+    if cluster.gpus >= 1:
+        return {"GPU": 1.0, "CPU": 1.0}
+    most = int(max((node.cpus for node in cluster.nodes), default=1))
+    fitting = [cpus for cpus in range(most, 0, -1) if cluster.fits({"CPU": cpus}) >= count]
+    return {"CPU": float(fitting[0] if fitting else 1)}
+
+
+def _batch_plan(recipe: Recipe, workers: int, data: DataShape | None) -> BatchPlan:
+    training = recipe.training
+    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    global_batch = micro * accumulation * workers
+    updates_per_epoch = math.ceil(data.train.rows / global_batch) if data else None
+    if training.max_steps > 0:
+        updates: int | None = training.max_steps
+    elif updates_per_epoch is not None:
+        updates = max(1, math.ceil(training.num_train_epochs * updates_per_epoch))
+    else:
+        updates = None
+    warmup = None
+    if training.warmup_steps > 0:
+        warmup = training.warmup_steps
+    elif updates is not None:
+        warmup = math.ceil(training.warmup_ratio * updates)
+    return BatchPlan(
+        micro_batch_samples=micro,
+        accumulation=accumulation,
+        global_batch_samples=global_batch,
+        updates=updates,
+        updates_per_epoch=updates_per_epoch,
+        warmup_updates=warmup,
+    )
+
+
+def _cadence_plan(recipe: Recipe, batch: BatchPlan) -> CadencePlan:
+    run = recipe.run
+    per_epoch = batch.updates_per_epoch or 1
+    saving = {"no": None, "steps": run.save_steps, "epoch": per_epoch}[run.save_strategy]
+    evaluation = {"no": None, "steps": run.evaluation_steps, "epoch": per_epoch}[run.eval_strategy]
+    return CadencePlan(
+        logging=run.logging_steps,
+        saving=saving,
+        evaluation=evaluation,
+        evaluates_at_start=run.eval_on_start,
+        evaluates_at_end=evaluation is not None or recipe.training.do_eval,
+    )
+
+
+def _data_plan(data: DataShape | None) -> DataPlan | None:
+    if data is None:
+        return None
+    return DataPlan(
+        train_rows=data.train.rows,
+        train_tokens=data.train.tokens,
+        train_target_tokens=data.train.target_tokens,
+        evaluation_rows=data.evaluation.rows if data.evaluation else None,
+        train_sha256=data.train_sha256,
+        bad_rows=data.bad_rows,
+    )
+
+
+def _resume_notices(recipe: Recipe) -> list[str]:
+    if recipe.run.save_only_model:
+        return ["save_only_model: true leaves the optimizer out of every checkpoint, so this run cannot be resumed."]
+    return []
+
+
+def batch_schedule(plan: Plan) -> BatchSchedule:
+    """The sequence of global batches: it depends on the seed and the data alone, never on the workers at hand."""
+    if plan.data is None or plan.batch.updates is None:
+        raise Refused("The data of this recipe has not been tokenised: run `tunefleet plan` without --no-data first.")
+    training = plan.recipe.training
+    return BatchSchedule(
+        rows=plan.data.train_rows,
+        global_batch=plan.batch.global_batch_samples,
+        updates=plan.batch.updates,
+        seed=training.order_seed,
+    )
+
+
+# Keys that may differ between a run and its continuation: they change no number that is trained.
+_FREE_KEYS = {
+    *("cache_dir", "dataset_dir", "overwrite_cache", "preprocessing_num_workers", "tokenized_path"),
+    *("do_train", "do_eval", "eval_dataset", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "gradient_checkpointing", "disable_gradient_checkpointing"),
+}
+
+
+def mathematics(plan: Plan) -> dict[str, JsonValue]:
+    """Everything that decides the numbers of a run, by key: method, data, batch, schedule, seed, dtype."""
+    recipe = plan.recipe
+    flat = recipe.flat()
+    run_keys = set(type(recipe.run).model_fields) | set(type(recipe.ray).model_fields)
+    kept = {key: value for key, value in flat.items() if key not in run_keys and key not in _FREE_KEYS}
+    kept["ray_num_workers"] = flat["ray_num_workers"]
+    kept["precision"] = plan.precision.model_dump()
+    kept["training rows"] = plan.data.train_sha256 if plan.data else None
+    return kept
+
+
+def differences(recorded: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """One line for each key whose value is not what the record holds."""
+    keys = sorted(set(recorded) | set(now))
+    return [f"{key}: {recorded.get(key)!r} -> {now.get(key)!r}" for key in keys if recorded.get(key) != now.get(key)]

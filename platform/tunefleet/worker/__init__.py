@@ -1,0 +1,1 @@
+"""What runs inside a Ray Train worker. `run.py` is the table of contents."""

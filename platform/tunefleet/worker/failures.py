@@ -1,0 +1,70 @@
+"""What an attempt died of, so that the next one knows whether to try again.
+
+Ray Train starts the workers anew after any exception, up to `max_failures` times. An error that would only come again
+is not worth that: a refusal, or the same exception at the same step twice. Then the new attempt ends at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.storage import Place
+from tunefleet_strategies.contract import StrategyError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank's attempt ended."""
+
+    attempt: int
+    """Counts the attempts that left a failure, from 1."""
+    rank: int
+    step: int
+    """Updates applied before it."""
+    kind: str
+    message: str
+    refused: bool
+    """Whether the recipe is at fault."""
+    final: bool
+    """Whether it would only come again."""
+
+    def repeats(self, other: Failure) -> bool:
+        """Whether this is the same error at the same step."""
+        return (self.step, self.kind, self.message) == (other.step, other.kind, other.message)
+
+
+def describe_failure(error: Exception, attempt: int, rank: int, step: int) -> Failure:
+    """An exception as data."""
+    refused = isinstance(error, Refused | StrategyError)
+    known = refused or isinstance(error, RunFailed)
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    return Failure(attempt, rank, step, type(error).__name__, message, refused, final=known)
+
+
+def record_failure(record: Place, failure: Failure) -> None:
+    """Keep a failure in a file of its own: several ranks may fail at once."""
+    name = f"{failure.attempt:04d}_{failure.rank:04d}.json"
+    record.child("failures", name).write_text(json.dumps(asdict(failure), indent=2))
+
+
+def failures(record: Place) -> list[Failure]:
+    """All failures since the command was given, oldest attempt first, each attempt's lowest rank first."""
+    files = [file for file in record.child("failures").children() if file.name.endswith(".json")]
+    return [Failure(**json.loads(file.read_text())) for file in sorted(files, key=lambda file: file.name)]
+
+
+def last_failure(past: Sequence[Failure]) -> Failure | None:
+    """The newest attempt's failure: the one that was foreseen if there is one, else the lowest rank's."""
+    newest = [failure for failure in past if failure.attempt == past[-1].attempt]
+    return next((failure for failure in newest if failure.final), newest[0] if newest else None)
+
+
+def hopeless(past: Sequence[Failure]) -> bool:
+    """Whether another attempt is no use."""
+    last = last_failure(past)
+    if last is None or last.final:
+        return last is not None
+    return any(last.repeats(failure) for failure in past if failure.attempt < last.attempt)

@@ -1,0 +1,39 @@
+"""What the driver hands to every worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.plan import Plan
+from tunefleet.storage import place
+
+
+class JobConfig(TypedDict):
+    """A job on its way to the workers."""
+
+    plan: str
+    """A `Plan` as JSON."""
+    run: str
+    """Where the run's folder is: a path or a URI."""
+    mailbox: Any
+    """The handle of the mailbox's actor."""
+    command: str
+    """What repeats the run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as a worker knows it."""
+
+    plan: Plan
+    folder: RunFolder
+    mailbox: Any
+    command: str
+
+
+def read_job(config: JobConfig) -> Job:
+    """Open what the driver packed."""
+    plan = Plan.model_validate_json(config["plan"])
+    return Job(plan, RunFolder(place(config["run"])), config["mailbox"], config["command"])

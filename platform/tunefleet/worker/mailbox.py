@@ -1,0 +1,85 @@
+"""The line between workers and driver: events one way, the wish to stop the other way.
+
+`ray.train.report` is no such line: it is a barrier over all workers and takes about one report every two seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+
+from tunefleet.worker.events import Event
+
+_PUSH_INTERVAL_SECONDS = 0.2
+
+
+class Mailbox:
+    """State of the line. Lives in an actor of its own that takes no CPU."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._stop = False
+
+    def push(self, events: list[Event]) -> bool:
+        """Take events from a worker. Returns whether the run shall stop."""
+        self._events.extend(events)
+        return self._stop
+
+    def drain(self) -> list[Event]:
+        """Hand all events over to the driver."""
+        events, self._events = self._events, []
+        return events
+
+    def stop(self) -> None:
+        self._stop = True
+
+
+def open_mailbox() -> Any:  # a Ray actor handle, which Ray does not type
+    """Start a mailbox on the cluster that this process is connected to."""
+    return ray.remote(num_cpus=0)(Mailbox).remote()
+
+
+class Sender:
+    """A worker's end. Sends at most every 0.2 s and never waits, so that training is not held up."""
+
+    def __init__(self, mailbox: Any, active: bool) -> None:
+        self._mailbox = mailbox
+        self._active = active
+        self._waiting: list[Event] = []
+        self._answer: Any = None
+        self._last_push = 0.0
+        self._stop = False
+
+    def send(self, event: Event) -> None:
+        """Queue an event and push what has gathered, if the last push is long enough ago. Inactive ends drop it."""
+        if not self._active:
+            return
+        self._waiting.append(event)
+        if time.monotonic() - self._last_push >= _PUSH_INTERVAL_SECONDS:
+            self._push()
+
+    def should_stop(self) -> bool:
+        """Whether the driver has asked to stop, as far as this worker has heard. Never waits."""
+        if self._active and time.monotonic() - self._last_push >= _PUSH_INTERVAL_SECONDS:
+            self._push()
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop = self._stop or ray.get(self._answer)
+            self._answer = None
+        return self._stop
+
+    def flush(self) -> None:
+        """Deliver everything and wait until it has arrived."""
+        if self._active:
+            ray.get(self._mailbox.push.remote(self._waiting))
+            self._waiting = []
+
+    def _push(self) -> None:
+        if self._answer is not None and not ray.wait([self._answer], timeout=0)[0]:
+            return
+        if self._answer is not None:
+            self._stop = self._stop or ray.get(self._answer)
+        self._answer = self._mailbox.push.remote(self._waiting)
+        self._waiting = []
+        self._last_push = time.monotonic()

@@ -1,0 +1,147 @@
+"""What a run tells while it goes on: its record on disk, and events to the driver. Rank 0 speaks, the others listen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tunefleet.artifacts.fingerprints import folder_fingerprint
+from tunefleet.artifacts.record import RECORD, Recorder, write_record, write_result
+from tunefleet.training.loop import Step
+from tunefleet.worker.build import OpenedData, Trainee
+from tunefleet.worker.events import Evaluated, Noticed, Saved, Started, Stepped
+from tunefleet.worker.job import Job
+from tunefleet.worker.mailbox import Sender
+from tunefleet.worker.seat import Seat
+from tunefleet.worker.start import Start
+
+
+class Reporter:
+    """The voice of one attempt. On other ranks than 0 it only counts steps."""
+
+    def __init__(self, job: Job, seat: Seat) -> None:
+        self.step = 0
+        """Updates applied so far."""
+        self._job = job
+        self._seat = seat
+        self._sender = Sender(job.mailbox, active=seat.leads)
+        self._recorder: Recorder | None = None
+        self._record = job.folder.record
+        # A record on another machine is kept here and mirrored there at each checkpoint.
+        self._scratch = None if self._record.local_path else tempfile.mkdtemp(prefix="tunefleet-")
+
+    @property
+    def folder(self) -> Path:
+        """The record's folder on this machine."""
+        return self._record.local_path or Path(str(self._scratch))
+
+    def open(self, trainee: Trainee, data: OpenedData, start: Start) -> Self:
+        """Begin to record at the step where the attempt begins."""
+        self.step = trainee.progress.step
+        if self._seat.leads:
+            if self._scratch is not None and self._record.exists():
+                self._record.download(self.folder)
+            run = self._job.plan.recipe.run
+            self._recorder = Recorder(
+                self.folder,
+                self.step,
+                logging_steps=run.logging_steps,
+                updates=trainee.batches.updates,
+                world_size=self._seat.world,
+                state=trainee.progress.record if start.is_own and start.folder is not None else None,
+                tensorboard=run.tensorboard,
+            )
+            self._write_record(data)
+            self.notice(*start.notices, *trainee.notices, *self._recorder.notices)
+        self._sender.send(Started(self.step, trainee.batches.updates, self._seat.world))
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.__exit__(kind, error, trace)
+            self.publish()
+            self._sender.flush()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def should_stop(self) -> bool:
+        """Whether the driver has asked this rank to stop."""
+        return self._sender.should_stop()
+
+    def notice(self, *texts: str) -> None:
+        """Tell the person something."""
+        for text in texts:
+            self._sender.send(Noticed(text))
+
+    def stepped(self, step: Step) -> None:
+        """Take an update in."""
+        self.step = step.step
+        if self._recorder is not None:
+            self._recorder.step(step)
+        self._sender.send(Stepped(step))
+
+    def evaluated(self, epoch: float, loss: float) -> None:
+        """Take an evaluation at the present step in."""
+        if self._recorder is not None:
+            self._recorder.evaluation(self.step, epoch, loss)
+        self._sender.send(Evaluated(self.step, loss))
+
+    def saved(self) -> None:
+        """A checkpoint of the present step is in storage."""
+        self.publish()
+        self._sender.send(Saved(self.step))
+
+    def state(self) -> dict[str, int | float | None]:
+        """What the checkpoint of the present step must carry of the record; empty on other ranks than 0."""
+        return {} if self._recorder is None else self._recorder.state()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest evaluation loss; None on other ranks than 0."""
+        return None if self._recorder is None else self._recorder.best_step
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the run so far; empty on other ranks than 0."""
+        return {} if self._recorder is None else dict(self._recorder.summary())
+
+    def finish(self, fingerprints: dict[str, str]) -> None:
+        """Say that the run is over. The last thing that is written."""
+        if self._recorder is None:
+            return
+        self._recorder.close("finished")
+        self.publish()
+        write_result(self.folder, self._recorder.summary(), fingerprints)
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the record to storage, where it is not kept there already."""
+        if self._recorder is not None and self._scratch is not None:
+            self._record.mirror(self.folder)
+
+    def _write_record(self, data: OpenedData) -> None:
+        """Once for each run: what it was made from."""
+        if (self.folder / RECORD).exists():
+            return
+        plan = self._job.plan
+        training, name = plan.recipe.training, plan.recipe.model.model_name_or_path
+        base = Path(name).expanduser()
+        write_record(
+            self.folder,
+            recipe=plan.recipe.flat(),
+            plan=json.loads(plan.model_dump_json(exclude={"recipe"})),
+            command=self._job.command,
+            seeds={"seed": training.seed, "data": training.order_seed},
+            hashes={
+                "base": folder_fingerprint(base, "*.safetensors") if base.is_dir() else name,
+                **{name: f"sha256:{digest}" for name, digest in data.prepared.files.items()},
+            },
+        )

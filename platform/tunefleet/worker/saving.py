@@ -1,0 +1,59 @@
+"""Checkpoints on their way to storage, and into Ray's books."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from tunefleet.storage import Place, prune, step_name
+from tunefleet.training.checkpoint import Progress, save
+from tunefleet.worker.build import Trainee
+from tunefleet.worker.job import Job
+from tunefleet.worker.reporter import Reporter
+from tunefleet.worker.seat import Seat
+
+
+def save_checkpoint(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) -> None:
+    """Save the present step: whole or not at all in storage, older ones thinned out, Ray told. Collective.
+
+    Raises:
+        Exception: what the file system raised, on every rank.
+    """
+    run = job.plan.recipe.run
+    target = job.folder.checkpoints.child(step_name(reporter.step))
+    with tempfile.TemporaryDirectory(prefix="tunefleet-", dir=_scratch(job)) as folder:
+        progress = Progress(reporter.step, reporter.state())
+        save(Path(folder), trainee.state, progress, only_weights=run.save_only_model)
+        seat.together(lambda: _store(Path(folder), target, job, reporter) if seat.leads else None)
+    reporter.saved()
+    _tell_ray(target, seat, reporter)
+
+
+def _scratch(job: Job) -> Path | None:
+    """A folder on the disk that the checkpoint goes to, where that is one of this machine's."""
+    local = job.folder.root.local_path
+    if local is None:
+        return None
+    scratch = local / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
+def _store(folder: Path, target: Place, job: Job, reporter: Reporter) -> None:
+    target.upload(folder)
+    run = job.plan.recipe.run
+    best = reporter.best_step if run.load_best_model_at_end else None
+    prune(job.folder.checkpoints, run.save_total_limit, None if best is None else step_name(best))
+
+
+def _tell_ray(target: Place, seat: Seat, reporter: Reporter) -> None:
+    """Hand the checkpoint over by name: it is in storage already. A barrier over all workers."""
+    checkpoint = Checkpoint(target.path, target.filesystem) if seat.leads else None
+    ray.train.report(
+        {"step": reporter.step, **reporter.summary()},
+        checkpoint=checkpoint,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )

@@ -1,0 +1,99 @@
+"""A worker's place among the others: rank, device, and the few words that ranks exchange outside the training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.plan import Plan
+from tunefleet.training.determinism import pin
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where this process sits."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def from_leader(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns on rank 0, on every rank; where it fails, it fails on all. Collective.
+
+        Raises:
+            Exception: as `together`.
+        """
+        box: list[Any] = [self.together(lambda: work() if self.leads else None)]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
+        told: _T = box[0]
+        return told
+
+    def together(self, work: Callable[[], _T]) -> _T:
+        """Do `work` on every rank; where it fails on one, fail on all, so that none waits for one that gave up.
+
+        Raises:
+            Exception: what `work` raised here.
+            Refused, RunFailed: what it raised on another rank.
+        """
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except Exception as caught:  # raised again below, once every rank knows
+            error = caught
+        told: list[tuple[bool, str] | None] = [None] * self.world
+        if self.world > 1:
+            dist.all_gather_object(told, None if error is None else (isinstance(error, Refused), str(error)))
+        if error is not None:
+            raise error
+        for rank, failed in enumerate(told):
+            if failed is not None:
+                refused, message = failed
+                raise (Refused if refused else RunFailed)(f"Rank {rank} failed: {message}")
+        finished: _T = result
+        return finished
+
+
+def take_seat(plan: Plan) -> Seat:
+    """Prepare this process: folder, threads, deterministic kernels."""
+    context = ray.train.get_context()
+    seat = Seat(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    root = Path(plan.place.root)
+    if root.is_dir():  # on another node the shipped working directory stands in for it
+        os.chdir(root)
+    pin(plan.workers.threads)
+    if plan.recipe.training.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = plan.recipe.training.tf32
+    return seat
+
+
+def check_seat(plan: Plan, seat: Seat) -> None:
+    """See that Ray gave this run as many workers as the plan counts on.
+
+    Raises:
+        Refused: there are more than the method allows.
+        RunFailed: there are more or fewer than planned.
+    """
+    # A world of one has an initialised process group as well, so it is the size that tells.
+    most = plan.recipe.method.traits().max_workers
+    if most is not None and seat.world > most:
+        raise Refused(f"{plan.recipe.method.name} runs on at most {most} worker(s), but Ray started {seat.world}.")
+    if seat.world != plan.workers.count:
+        raise RunFailed(f"Ray started {seat.world} worker(s) where the plan has {plan.workers.count}.")

@@ -1,0 +1,83 @@
+"""Where an attempt begins: at a checkpoint, or at the beginning."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tunefleet.errors import Refused
+from tunefleet.storage import Place, newest_complete, place
+from tunefleet.training.checkpoint import load_initial
+from tunefleet.worker.job import Job
+from tunefleet.worker.seat import Seat
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that an attempt goes on from."""
+
+    folder: Path | None = None
+    """Its copy on this machine; None = the run begins."""
+    is_own: bool = True
+    """Whether this very run wrote it, so that the record up to it stands."""
+    notices: tuple[str, ...] = ()
+
+    def initial(self) -> dict[str, Tensor] | None:
+        """What the strategy kept of the run's first moment; None where that is now."""
+        return None if self.folder is None else load_initial(self.folder)
+
+
+@dataclass(frozen=True)
+class _Found:
+    uri: str | None
+    is_own: bool = True
+    notices: tuple[str, ...] = ()
+
+
+@contextmanager
+def found_start(job: Job, seat: Seat) -> Iterator[Start]:
+    """The newest whole checkpoint of the run, else the one that the recipe names, for as long as the block lasts.
+
+    Every rank goes on from what rank 0 found. Collective.
+
+    Raises:
+        Refused: the checkpoint that the recipe names is not whole.
+    """
+    found = seat.from_leader(lambda: _find(job))
+    if found.uri is None:
+        yield Start(notices=found.notices)
+        return
+    checkpoint = place(found.uri)
+    if checkpoint.local_path is not None:
+        yield Start(checkpoint.local_path, found.is_own, found.notices)
+        return
+    with tempfile.TemporaryDirectory(prefix="tunefleet-") as folder:
+        seat.together(lambda: checkpoint.download(Path(folder)))
+        yield Start(Path(folder), found.is_own, found.notices)
+
+
+def _find(job: Job) -> _Found:
+    if not job.plan.resumable:
+        return _Found(None)
+    # A local checkpoint is read where it lies; a remote one is hashed while it is downloaded.
+    hashes = job.folder.checkpoints.local_path is not None
+    newest, notices = newest_complete(job.folder.checkpoints, hashes=hashes)
+    if newest is not None:
+        return _Found(newest.uri, True, tuple(notices))
+    wish = job.plan.recipe.run.resume_from_checkpoint
+    if isinstance(wish, str):
+        return _Found(_named(wish, job).uri, False, tuple(notices))
+    return _Found(None, True, tuple(notices))
+
+
+def _named(wish: str, job: Job) -> Place:
+    named = place(wish, base=Path(job.plan.place.root))
+    problem = named.problem(hashes=named.local_path is not None)
+    if problem is not None:
+        raise Refused(f"resume_from_checkpoint {named.uri} is damaged ({problem}): name another checkpoint.")
+    return named
