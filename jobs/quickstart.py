@@ -89,6 +89,7 @@ def prepare() -> None:
         return
     for name in MADE:
         shutil.rmtree(WORLD / name, ignore_errors=True)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers asks for, wonders about it aloud
     execute(["python", "jobs/prepare_quickstart.py"])
     stamp.write_text(json.dumps(fingerprint(), indent=2))
 

@@ -58,7 +58,7 @@ def spread(numbers: Sequence[float]) -> Spread:
 
 
 def intervals(stamps: Sequence[float]) -> tuple[float, ...]:
-    """Return the seconds between neighbouring stamps: one fewer than there are stamps."""
+    """Return what lies between neighbouring stamps: one number fewer than there are stamps."""
     return tuple(later - earlier for earlier, later in pairwise(stamps))
 
 

@@ -165,13 +165,14 @@ def run_ours(settings: Mapping[str, object], commands: Commands, output: Path) -
 
 
 def read_ours(timed: Timed, metrics: Path) -> Run:
-    """Read our own records: one line for each step, whose duration is its tokens / its tokens per second."""
+    """Read our own records: one line for each step, with the tokens and the seconds since the run began."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
+    ends = [{"tokens": 0, "seconds": 0.0}, *steps]
     return Run(
         wall_seconds=timed.wall_seconds,
-        step_seconds=tuple(line["tokens"] / line["tokens_per_second"] for line in steps),
-        step_tokens=tuple(float(line["tokens"]) for line in steps),
+        step_seconds=intervals([line["seconds"] for line in ends]),
+        step_tokens=intervals([float(line["tokens"]) for line in ends]),
         losses=tuple(line["loss"] for line in steps),
         grad_norms=tuple(line["grad_norm"] for line in steps),
     )

@@ -6,12 +6,15 @@ Exit codes: 0 done, 1 the run failed, 2 the recipe or the command is at fault, 1
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tunefleet.errors import Refused, RunFailed
 
@@ -42,20 +45,34 @@ def main() -> None:
     from tunefleet.recipe.problems import RecipeError
     from tunefleet_strategies.contract import StrategyError
 
+    _quiet_libraries()
     try:
         app()
     except RecipeError as error:
         for problem in error.problems:
-            _errors.print(str(problem), style="red", markup=False, highlight=False, soft_wrap=True)
+            _print_plain(_errors, problem.line(), "red")
         sys.exit(2)
     except (Refused, StrategyError) as error:
-        _errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        _print_plain(_errors, str(error), "red")
         sys.exit(2)
     except RunFailed as error:
-        _errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        _print_plain(_errors, str(error), "red")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Keep what libraries tell their developers away from those who run a command."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT loads it, and nothing here computes with it
+
+
+def _hide_progress_bars() -> None:
+    """One short command, one answer: no bars for the loading of its model."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _read(path: Path, overrides: list[str] | None, address: str | None = None) -> Recipe:
@@ -65,6 +82,11 @@ def _read(path: Path, overrides: list[str] | None, address: str | None = None) -
     if address is not None:
         written.append(f"ray_address={address}")
     return read_recipe(path, written)
+
+
+def _print_plain(console: Console, text: str, style: str | None = None) -> None:
+    """Print text that is not ours as it is: rich would read markup and emoji into it and break its lines."""
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -80,7 +102,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
     from tunefleet.launch.train import train as run
 
     display_console = _errors if as_json else _console
-    outcome = run(read, open_display(display_console, read.run.logging_steps), Path.cwd())
+    outcome = run(read, open_display(display_console), Path.cwd())
     if as_json:
         _print_json({"output_dir": str(outcome.output_dir), "run": outcome.run.uri, **outcome.summary})
     elif outcome.exit_code:
@@ -89,7 +111,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
         )
     else:
         _console.print(summary_table(outcome.summary))
-        _console.print(f"[bold]{outcome.output_dir}[/]")
+        _print_plain(_console, str(outcome.output_dir), "bold")
     sys.exit(outcome.exit_code)
 
 
@@ -117,7 +139,7 @@ def plan(
         return
     _console.print(plan_table(made))
     for notice in made.notices:
-        _console.print(f"[yellow]note[/] {notice}", highlight=False)
+        _console.print(f"[yellow]note[/] {escape(notice)}", highlight=False, emoji=False)
 
 
 @app.command()
@@ -157,11 +179,12 @@ def export(
     """Merge an adapter into its base: a folder that transformers loads by itself."""
     from tunefleet.artifacts.export import export as write
 
+    _hide_progress_bars()
     written = write(source, to, dtype=dtype, base=base)
     if as_json:
         _print_json({"folder": str(written)})
     else:
-        _console.print(f"[bold]{written}[/]")
+        _print_plain(_console, str(written), "bold")
 
 
 @app.command()
@@ -178,13 +201,14 @@ def generate(
     """Answer one prompt."""
     from tunefleet.artifacts.generate import answer
 
+    _hide_progress_bars()
     text = answer(
         folder, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base=base, seed=seed
     )
     if as_json:
         _print_json({"prompt": prompt, "answer": text})
     else:
-        _console.print(text, markup=False, highlight=False)
+        _print_plain(_console, text)
 
 
 @app.command()

@@ -15,10 +15,11 @@ from pydantic import BeforeValidator, ConfigDict, JsonValue, PlainSerializer
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
+from tunefleet.hardware import Hardware
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
-from tunefleet.training.precision import Hardware, resolve
+from tunefleet.training.precision import resolve
 from tunefleet_strategies.contract import ModelShape, Precision, Traits
 
 
@@ -171,7 +172,8 @@ class Plan(Settings):
     recipe: Annotated[
         Recipe,
         PlainSerializer(lambda recipe: recipe.flat(), return_type=dict[str, Any]),
-        BeforeValidator(lambda value: value if isinstance(value, Recipe) else read_flat(value)),
+        # Nothing counts as written: rules on what a person wrote have been obeyed, and defaults stand here as well.
+        BeforeValidator(lambda value: value if isinstance(value, Recipe) else read_flat(value, written=())),
     ]
     workers: WorkerPlan
     precision: PrecisionPlan
@@ -239,8 +241,18 @@ def make_plan(
             root=root,
         ),
         resumable=traits.resumable and not recipe.run.save_only_model,
-        notices=(*recipe.notices, *notices, *precision_notices, *_resume_notices(recipe)),
+        notices=(*recipe.notices, *notices, *precision_notices, *_resume_notices(recipe), *_warmup_notices(batch)),
     )
+
+
+def planned_precision(recipe: Recipe, cluster: ClusterShape) -> Precision:
+    """The number formats of a run, which its method must know before there is a model's shape to plan with.
+
+    Raises:
+        Refused: as `make_plan`.
+    """
+    workers = _worker_plan(recipe, recipe.method.traits(), cluster)
+    return resolve(recipe.training, cluster.hardware(workers.device))[0]
 
 
 def _dtype_name(dtype: object) -> str:
@@ -270,6 +282,8 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
             f"keep the global batch)."
         )
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
+    if not any(amount > 0 for amount in request.values()):
+        raise Refused("resources_per_worker asks for nothing: write {CPU: 1} or {GPU: 1}, or leave it out.")
     room = cluster.fits(request)
     if room < count:
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
@@ -353,6 +367,15 @@ def _resume_notices(recipe: Recipe) -> list[str]:
     if recipe.run.save_only_model:
         return ["save_only_model: true leaves the optimizer out of every checkpoint, so this run cannot be resumed."]
     return []
+
+
+def _warmup_notices(batch: BatchPlan) -> list[str]:
+    if batch.updates is None or batch.warmup_updates is None or batch.warmup_updates < batch.updates:
+        return []
+    return [
+        f"The learning rate rises for {batch.warmup_updates} updates and the run has {batch.updates}: it never comes "
+        f"down; fewer warmup_steps would let it."
+    ]
 
 
 def batch_schedule(plan: Plan) -> BatchSchedule:

@@ -55,7 +55,7 @@ def test_a_peer_that_read_other_tokens_is_not_compared(tmp_path: Path) -> None:
 
 
 def test_our_steps_are_read_from_metrics_without_evaluations(tmp_path: Path) -> None:
-    step = {"step": 1, "loss": 9.0, "grad_norm": 1.5, "tokens": 600, "tokens_per_second": 300.0}
+    step = {"step": 1, "loss": 9.0, "grad_norm": 1.5, "tokens": 600, "seconds": 2.0}
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps(step) + "\n" + json.dumps({"step": 1, "eval_loss": 8.0}) + "\n")
     run = read_ours(TIMED, file)

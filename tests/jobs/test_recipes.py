@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from tests.worker.alone import run_alone
 
 from tunefleet.artifacts.metrics import read_metrics
 from tunefleet.recipe.read import read_recipe
@@ -53,36 +52,31 @@ def test_no_two_recipes_share_a_run() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(180)
 @by_name
-def test_recipe_trains_three_steps(
-    path: Path, tmp_path: Path, quickstart_world: Path, tiny_model: Path, ray_address: str
-) -> None:
-    from tunefleet.launch.display import open_display
-    from tunefleet.launch.train import train
-
+def test_recipe_trains_three_steps(path: Path, tmp_path: Path, quickstart_world: Path, tiny_model: Path) -> None:
     recipe = read_recipe(
         path,
         [
             f"model_name_or_path={tiny_model}",
             f"dataset_dir={quickstart_world / 'data'}",
-            f"output_dir={tmp_path / 'out'}",
             f"ray_storage_path={tmp_path / 'runs'}",
             f"cache_dir={quickstart_world / 'cache'}",
-            f"ray_address={ray_address}",
+            "ray_num_workers=1",
             "max_steps=3",
             "logging_steps=1",
+            "save_strategy=no",
             "eval_strategy=no",
+            "eval_on_start=false",
             "eval_dataset=null",
             "per_device_train_batch_size=2",
         ],
     )
-    outcome = train(recipe, open_display(Console(file=io.StringIO()), 1), tmp_path)
-    assert outcome.exit_code == 0
-    losses = [line["loss"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in line]
+    finished = run_alone(recipe, tmp_path)
+    assert not finished.ending["stopped"]
+    run = Path(finished.folder.root.uri)
+    losses = [line["loss"] for line in read_metrics(run / "record" / "metrics.jsonl")]
     assert len(losses) == 3
     # Near the loss of guessing, ln(512) = 6.2: the model is random and has hardly moved.
     assert all(loss is not None and math.isfinite(loss) and 5.0 < loss < 7.5 for loss in losses)
-    weights = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
+    weights = {file.name for file in (run / "model").glob("*.safetensors")}
     assert weights == {"adapter_model.safetensors" if recipe.method.name == "lora" else "model.safetensors"}

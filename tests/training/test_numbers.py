@@ -12,12 +12,13 @@ from tests.training.tiny import ARCHITECTURES, FP32, MIXED, PURE, build, start
 from torch import nn
 
 from tunefleet.errors import Refused
+from tunefleet.hardware import Hardware
 from tunefleet.models import expert_share, model_shape
 from tunefleet.training.activations import checkpoint_activations
 from tunefleet.training.determinism import seed_everything
 from tunefleet.training.flops import peak_flops, token_flops
 from tunefleet.training.loss import objective
-from tunefleet.training.precision import Hardware, resolve
+from tunefleet.training.precision import resolve
 from tunefleet.training.random_state import capture, restore
 from tunefleet.training.schedule import build_scheduler
 from tunefleet.training.settings import TrainingSettings

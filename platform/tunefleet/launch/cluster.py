@@ -15,10 +15,10 @@ import ray
 
 import tunefleet
 import tunefleet_strategies
-from tunefleet.errors import Refused
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.hardware import Hardware, local_cpu, local_gpu
 from tunefleet.plan import ClusterShape, NodeShape
 from tunefleet.recipe.sections import RaySettings
-from tunefleet.training.precision import Hardware, local_cpu, local_gpu
 
 _BUILT_IN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
@@ -34,7 +34,7 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 def cluster_address(settings: RaySettings) -> str | None:
     """The existing cluster that a run joins; None = start Ray on this machine."""
-    return settings.ray_address or os.environ.get("RAY_ADDRESS")
+    return settings.ray_address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextmanager
@@ -66,6 +66,11 @@ def _init(options: Mapping[str, Any]) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
+        if options["address"] == "local":
+            raise RunFailed(
+                f"Ray did not start on this machine ({_first_line(error)}): look for what holds it up in /tmp/ray/"
+                f"session_latest/logs, and try again."
+            ) from error
         raise Refused(
             f"No Ray cluster answers at {options['address']} ({_first_line(error)}): start one with "
             f"`ray start --head`, or leave ray_address out to run on this machine."
@@ -79,12 +84,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:
-    """This very code for the workers of a cluster, unless a submitted job has brought it already."""
+    """This very code for the workers of a cluster, unless a submitted job has brought it.
+
+    `py_modules: []`, which Ray itself does not take, says that the cluster has it.
+    """
     own: dict[str, Any] = dict(options.get("runtime_env") or {})
     job = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
-    if "py_modules" in own or "py_modules" in job.get("runtime_env", {}):
-        return own
-    return {"py_modules": [str(Path(package.__path__[0])) for package in (tunefleet, tunefleet_strategies)], **own}
+    if "py_modules" not in own and "py_modules" not in job.get("runtime_env", {}):
+        own["py_modules"] = [str(Path(package.__path__[0])) for package in (tunefleet, tunefleet_strategies)]
+    return {key: value for key, value in own.items() if not (key == "py_modules" and value == [])}
 
 
 def _own_cpus() -> int:
@@ -92,19 +100,28 @@ def _own_cpus() -> int:
 
 
 def local_shape(settings: RaySettings) -> ClusterShape:
-    """This machine as Ray would count it, without starting Ray."""
+    """This machine as Ray would count it, without starting Ray.
+
+    Raises:
+        Refused: `ray_init_kwargs` has other things than amounts for it.
+    """
     gpu = local_gpu()
     count = 0
     if gpu is not None:
         import torch
 
         count = torch.cuda.device_count()
-    written: dict[str, Any] = settings.ray_init_kwargs
-    node = NodeShape(
-        cpus=float(written.get("num_cpus", _own_cpus())),
-        gpus=float(written.get("num_gpus", count)),
-        others=written.get("resources"),
-    )
+    written: dict[str, Any] = {key: value for key, value in settings.ray_init_kwargs.items() if value is not None}
+    try:
+        node = NodeShape(
+            cpus=float(written.get("num_cpus", _own_cpus())),
+            gpus=float(written.get("num_gpus", count)),
+            others={name: float(amount) for name, amount in written.get("resources", {}).items()},
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Refused(
+            "num_cpus, num_gpus or resources in ray_init_kwargs are no amounts: write num_cpus: 4 or resources: {a: 1}."
+        ) from error
     return ClusterShape(nodes=(node,), cpu=local_cpu(), gpu=gpu)
 
 

@@ -6,10 +6,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tunefleet.training.loop import Step
-from tunefleet.worker.events import Evaluated, Event, Noticed, Saved, Started, Stepped
+from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 
 
 class Display(Protocol):
@@ -26,15 +26,20 @@ class Display(Protocol):
     def note(self, text: str) -> None: ...
 
 
-def open_display(console: Console, logging_steps: int) -> Display:
+def open_display(console: Console) -> Display:
     """The display that fits where the output goes."""
-    return LiveDisplay(console) if console.is_terminal else LineDisplay(console, logging_steps)
+    return LiveDisplay(console) if console.is_terminal else LineDisplay(console)
 
 
-def figures(step: Step) -> str:
-    """The figures of one step, as short as they can be read."""
-    text = f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}  {step.tokens_per_second:,.0f} tok/s"
-    return text if step.mfu is None else f"{text}  mfu {step.mfu:.0%}"
+def figures(loss: float | None, rate: float | None, tokens_per_second: float | None, mfu: float | None) -> str:
+    """The figures of a step or a line, as short as they can be read."""
+    parts = [
+        "loss n/a" if loss is None else f"loss {loss:.4f}",
+        "" if rate is None else f"lr {rate:.2e}",
+        "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s",
+        "" if mfu is None else f"mfu {mfu:.0%}",
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 class LiveDisplay:
@@ -64,7 +69,8 @@ class LiveDisplay:
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        self._progress.console.print(f"[yellow]note[/] {text}", highlight=False)
+        # Notices quote what people wrote: rich shall read no markup and no emoji into them.
+        self._progress.console.print(f"[yellow]note[/] {escape(text)}", highlight=False, emoji=False)
 
     def show(self, event: Event) -> None:
         match event:
@@ -74,7 +80,8 @@ class LiveDisplay:
                     self._task, description=f"training ({workers})", total=updates, completed=start_step
                 )
             case Stepped(step):
-                self._progress.update(self._task, completed=step.step, figures=figures(step))
+                shown = figures(step.loss, step.learning_rate, step.tokens_per_second, step.mfu)
+                self._progress.update(self._task, completed=step.step, figures=shown)
             case Evaluated(step_number, loss):
                 self._progress.console.print(f"step {step_number}: eval_loss {loss:.4f}", highlight=False)
             case Saved(step_number):
@@ -84,11 +91,10 @@ class LiveDisplay:
 
 
 class LineDisplay:
-    """Plain lines for logs and pipes: one every `logging_steps` updates."""
+    """Plain lines for logs and pipes: one for each line of `metrics.jsonl`."""
 
-    def __init__(self, console: Console, logging_steps: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._logging_steps = logging_steps
         self._updates = 0
 
     def __enter__(self) -> Self:
@@ -107,9 +113,9 @@ class LineDisplay:
             case Started(start_step, updates, world_size):
                 self._updates = updates
                 self._print(f"{world_size} worker(s) ready; step {start_step} of {updates}")
-            case Stepped(step):
-                if step.step % self._logging_steps == 0 or step.step == self._updates:
-                    self._print(f"step {step.step}/{self._updates}  {figures(step)}")
+            case Logged(line):
+                shown = figures(line["loss"], line["learning_rate"], line["tokens_per_second"], line["mfu"])
+                self._print(f"step {line['step']}/{self._updates}  {shown}")
             case Evaluated(step_number, loss):
                 self._print(f"step {step_number}: eval_loss {loss:.4f}")
             case Saved(step_number):
@@ -118,4 +124,4 @@ class LineDisplay:
                 self.note(text)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tunefleet.training.precision import local_cpu, local_gpu
+from tunefleet.hardware import local_cpu, local_gpu
 
 _NEEDED = (
     *("ray", "torch", "transformers", "peft", "pyarrow", "deepspeed", "galore-torch", "badam", "datasets"),

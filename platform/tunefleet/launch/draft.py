@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from tunefleet.data.prepare import PreparedData, prepare
 from tunefleet.data.tokens import TokenSplit
 from tunefleet.errors import Refused
 from tunefleet.models import load_tokenizer, meta_model, model_shape
-from tunefleet.plan import ClusterShape, DataShape, Plan, SplitShape, make_plan
+from tunefleet.plan import ClusterShape, DataShape, Plan, SplitShape, make_plan, planned_precision
 from tunefleet.recipe.sections import Recipe
-from tunefleet_strategies.contract import AttachContext, Precision
+from tunefleet_strategies.contract import AttachContext
 
 Progress = Callable[[str, int, int], None]
-
-_SHAPE_ONLY = Precision(torch.float32, torch.float32, torch.float32)
-"""On meta tensors the number formats change no shape; the plan decides them afterwards."""
 
 
 def draft(
@@ -30,7 +25,8 @@ def draft(
         Refused: data, model or cluster do not allow the run.
         StrategyError: the method cannot do this on this model.
     """
-    model = recipe.method.attach(meta_model(recipe.model), AttachContext(precision=_SHAPE_ONLY))
+    context = AttachContext(precision=planned_precision(recipe, cluster))
+    model = recipe.method.attach(meta_model(recipe.model), context)
     shape = model_shape(model)
     notices = recipe.method.notices(model)
     # Whatever the cluster or the method refuses is refused before a long tokenisation.
@@ -78,7 +74,6 @@ def _data_notices(prepared: PreparedData) -> list[str]:
     if not bad.count:
         return list(prepared.notices)
     shown = "; ".join(f"{row.source} row {row.row}: {row.reason}" for row in bad.first)
-    return [
-        *prepared.notices,
-        f"{bad.count:,} rows are not used ({shown}{'; ...' if bad.count > len(bad.first) else ''}).",
-    ]
+    more = "; ..." if bad.count > len(bad.first) else ""
+    what = "row is" if bad.count == 1 else "rows are"
+    return [*prepared.notices, f"{bad.count:,} {what} not used ({shown}{more})."]

@@ -60,6 +60,11 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
             f"The run {plan.place.run_name} is finished ({folder.root.uri}): write overwrite_output_dir: true to "
             f"run it anew, or choose another output_dir or ray_run_name."
         )
+    if run.resume_from_checkpoint is True and not _can_continue(plan, folder, finished):
+        raise Refused(
+            f"resume_from_checkpoint: true, but {folder.root.uri} is no unfinished run with a checkpoint: leave the "
+            f"key out to start."
+        )
     notices: list[str] = []
     origin = _named_checkpoint(plan)
     started = folder.record.child(_MATHEMATICS).exists()
@@ -69,16 +74,15 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
         _clear(folder)
     elif started:
         notices = _continue(plan, folder)
-    if run.resume_from_checkpoint is True and newest_complete(folder.checkpoints)[0] is None:
-        raise Refused(
-            f"resume_from_checkpoint: true, but {folder.checkpoints.uri} holds no checkpoint: leave the key out to "
-            f"start."
-        )
     for leftover in (folder.root.child(_RAY_NOTES), folder.root.child("scratch"), folder.record.child("failures")):
         leftover.delete()
     folder.record.child(_MATHEMATICS).write_text(json.dumps(mathematics(plan), indent=2))
     folder.record.child(_PLAN).write_text(plan.model_dump_json(indent=2))
     return notices
+
+
+def _can_continue(plan: Plan, folder: RunFolder, finished: bool) -> bool:
+    return plan.resumable and not finished and newest_complete(folder.checkpoints)[0] is not None
 
 
 def _continue(plan: Plan, folder: RunFolder) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.table import Table
+from rich.text import Text
 
 from tunefleet.data.prepare import PreparedData
 from tunefleet.launch.doctor import Finding
@@ -16,7 +17,7 @@ def plan_table(plan: Plan) -> Table:
     """Every decided number of a run, one a line."""
     table = _two_columns(f"plan of {plan.place.run_name}")
     for name, value in _plan_rows(plan):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
 
 
@@ -89,7 +90,7 @@ def methods_table(registered: Iterable[type[Strategy]]) -> Table:
     table = Table("method", "selected by", "what it does", "keys")
     for method in registered:
         selector = ", ".join(f"{key}: {str(value).lower()}" for key, value in method.selector.items())
-        table.add_row(method.name, selector, method.summary, ", ".join(method.model_fields) or "none")
+        table.add_row(method.name, selector, Text(method.summary), ", ".join(method.model_fields) or "none")
     return table
 
 
@@ -97,7 +98,7 @@ def doctor_table(findings: Iterable[Finding]) -> Table:
     """One line a finding; what is missing in red."""
     table = _two_columns("this machine")
     for finding in findings:
-        table.add_row(finding.name, finding.value if finding.ok else f"[red]{finding.value}[/]")
+        table.add_row(finding.name, Text(finding.value, style="" if finding.ok else "red"))
     return table
 
 

@@ -30,7 +30,7 @@ from tunefleet.recipe.sections import Recipe
 from tunefleet.storage import Place, place
 from tunefleet.worker.failures import failures, last_failure
 from tunefleet.worker.job import JobConfig
-from tunefleet.worker.mailbox import open_mailbox
+from tunefleet.worker.mailbox import collect, open_mailbox
 from tunefleet.worker.run import run_worker
 
 _POLL_SECONDS = 0.2
@@ -105,13 +105,13 @@ def _fit(plan: Plan, storage: Place, folder: RunFolder, display: Display, wish: 
     told = False
     while fit.is_alive():
         fit.join(_POLL_SECONDS)
-        for event in ray.get(mailbox.drain.remote()):
+        for event in collect(mailbox):
             display.show(event)
         if wish.signal is not None and not told:
             display.note("stopping: the workers save a checkpoint at the next step (once more to break off at once)")
             mailbox.stop.remote()
             told = True
-    for event in ray.get(mailbox.drain.remote()):
+    for event in collect(mailbox):
         display.show(event)
     ray.kill(mailbox)
     return fit.summary(folder)

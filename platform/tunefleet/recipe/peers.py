@@ -199,7 +199,7 @@ REFUSED: Mapping[str, Refusal] = dict(
             (*_OFF, 0),
             "evaluation computes the loss only",
             "remove it; metrics.jsonl holds eval_loss",
-            "compute_accuracy predict_with_generate do_predict early_stopping_steps eval_delay eval_on_start",
+            "compute_accuracy predict_with_generate do_predict early_stopping_steps eval_delay",
         ),
         *_refused((None, {}), "schedules have no further arguments", "remove it", "lr_scheduler_kwargs"),
         *_refused(

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import nn
 
 from tunefleet.errors import Refused
+from tunefleet.hardware import Hardware
 from tunefleet.training.settings import TrainingSettings
 from tunefleet_strategies.contract import Precision
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What the device that trains can do with numbers."""
-
-    device: Literal["cpu", "cuda"]
-    bf16: bool
-    """Whether it multiplies bf16 matrices natively; without it bf16 is emulated and slower than fp32."""
-
-
-def local_cpu() -> Hardware:
-    """This machine's processor."""
-    return Hardware("cpu", torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def local_gpu() -> Hardware | None:
-    """This machine's GPU, if it has one."""
-    if not torch.cuda.is_available():
-        return None
-    return Hardware("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def resolve(settings: TrainingSettings, hardware: Hardware) -> tuple[Precision, tuple[str, ...]]:

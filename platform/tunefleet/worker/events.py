@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tunefleet.artifacts.metrics import Line
 from tunefleet.training.loop import Step
 
 
@@ -18,7 +19,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Stepped:
+    """An update was applied."""
+
     step: Step
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A line was written to `metrics.jsonl`: means since the line before."""
+
+    line: Line
 
 
 @dataclass(frozen=True)
@@ -37,4 +47,4 @@ class Noticed:
     text: str
 
 
-Event = Started | Stepped | Evaluated | Saved | Noticed
+Event = Started | Stepped | Logged | Evaluated | Saved | Noticed

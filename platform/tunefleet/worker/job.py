@@ -29,11 +29,10 @@ class Job:
 
     plan: Plan
     folder: RunFolder
-    mailbox: Any
     command: str
 
 
 def read_job(config: JobConfig) -> Job:
     """Open what the driver packed."""
     plan = Plan.model_validate_json(config["plan"])
-    return Job(plan, RunFolder(place(config["run"])), config["mailbox"], config["command"])
+    return Job(plan, RunFolder(place(config["run"])), config["command"])

@@ -1,16 +1,21 @@
 """The line between workers and driver: events one way, the wish to stop the other way.
 
 `ray.train.report` is no such line: it is a barrier over all workers and takes about one report every two seconds.
+Events travel as bytes, so that the mailbox's process need not load what they are made of.
 """
 
 from __future__ import annotations
 
+import pickle
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from tunefleet.worker.events import Event
+if TYPE_CHECKING:
+    from tunefleet.storage import Place
+    from tunefleet.worker.events import Event
 
 _PUSH_INTERVAL_SECONDS = 0.2
 
@@ -19,18 +24,18 @@ class Mailbox:
     """State of the line. Lives in an actor of its own that takes no CPU."""
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._parcels: list[bytes] = []
         self._stop = False
 
-    def push(self, events: list[Event]) -> bool:
+    def push(self, parcel: bytes) -> bool:
         """Take events from a worker. Returns whether the run shall stop."""
-        self._events.extend(events)
+        self._parcels.append(parcel)
         return self._stop
 
-    def drain(self) -> list[Event]:
-        """Hand all events over to the driver."""
-        events, self._events = self._events, []
-        return events
+    def drain(self) -> list[bytes]:
+        """Hand everything over to the driver."""
+        parcels, self._parcels = self._parcels, []
+        return parcels
 
     def stop(self) -> None:
         self._stop = True
@@ -39,6 +44,22 @@ class Mailbox:
 def open_mailbox() -> Any:  # a Ray actor handle, which Ray does not type
     """Start a mailbox on the cluster that this process is connected to."""
     return ray.remote(num_cpus=0)(Mailbox).remote()
+
+
+def collect(mailbox: Any) -> list[Event]:
+    """The events that have come since the last time, oldest first; for the driver."""
+    return [event for parcel in ray.get(mailbox.drain.remote()) for event in unpack(parcel)]
+
+
+def pack(events: Sequence[Event]) -> bytes:
+    """Events as one parcel."""
+    return pickle.dumps(list(events))
+
+
+def unpack(parcel: bytes) -> list[Event]:
+    """The events of a parcel. Only parcels of this run's own workers come here."""
+    events: list[Event] = pickle.loads(parcel)
+    return events
 
 
 class Sender:
@@ -69,10 +90,20 @@ class Sender:
             self._answer = None
         return self._stop
 
+    def hand_over(self, checkpoint: Place, metrics: dict[str, Any]) -> None:
+        """Give Ray Train a checkpoint by name: it is in storage already. A barrier over all workers."""
+        from ray.train import Checkpoint, CheckpointUploadMode, report  # the mailbox's own process needs none of it
+
+        report(
+            metrics,
+            checkpoint=Checkpoint(checkpoint.path, checkpoint.filesystem) if self._active else None,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
     def flush(self) -> None:
         """Deliver everything and wait until it has arrived."""
         if self._active:
-            ray.get(self._mailbox.push.remote(self._waiting))
+            ray.get(self._mailbox.push.remote(pack(self._waiting)))
             self._waiting = []
 
     def _push(self) -> None:
@@ -80,6 +111,6 @@ class Sender:
             return
         if self._answer is not None:
             self._stop = self._stop or ray.get(self._answer)
-        self._answer = self._mailbox.push.remote(self._waiting)
+        self._answer = self._mailbox.push.remote(pack(self._waiting))
         self._waiting = []
         self._last_push = time.monotonic()

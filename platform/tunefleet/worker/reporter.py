@@ -7,28 +7,44 @@ import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from tunefleet.artifacts.fingerprints import folder_fingerprint
 from tunefleet.artifacts.record import RECORD, Recorder, write_record, write_result
+from tunefleet.storage import Place
 from tunefleet.training.loop import Step
 from tunefleet.worker.build import OpenedData, Trainee
-from tunefleet.worker.events import Evaluated, Noticed, Saved, Started, Stepped
+from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 from tunefleet.worker.job import Job
-from tunefleet.worker.mailbox import Sender
 from tunefleet.worker.seat import Seat
 from tunefleet.worker.start import Start
+
+
+class Line(Protocol):
+    """The way to the driver (`mailbox.Sender`)."""
+
+    def send(self, event: Event) -> None:
+        """Tell the driver, at some time soon."""
+
+    def should_stop(self) -> bool:
+        """Whether the driver wants this rank to stop."""
+
+    def hand_over(self, checkpoint: Place, metrics: dict[str, Any]) -> None:
+        """Tell Ray that a checkpoint is in storage. Collective."""
+
+    def flush(self) -> None:
+        """Wait until everything has arrived."""
 
 
 class Reporter:
     """The voice of one attempt. On other ranks than 0 it only counts steps."""
 
-    def __init__(self, job: Job, seat: Seat) -> None:
+    def __init__(self, job: Job, seat: Seat, sender: Line) -> None:
         self.step = 0
         """Updates applied so far."""
         self._job = job
         self._seat = seat
-        self._sender = Sender(job.mailbox, active=seat.leads)
+        self._sender = sender
         self._recorder: Recorder | None = None
         self._record = job.folder.record
         # A record on another machine is kept here and mirrored there at each checkpoint.
@@ -85,9 +101,10 @@ class Reporter:
     def stepped(self, step: Step) -> None:
         """Take an update in."""
         self.step = step.step
-        if self._recorder is not None:
-            self._recorder.step(step)
+        line = None if self._recorder is None else self._recorder.step(step)
         self._sender.send(Stepped(step))
+        if line is not None:
+            self._sender.send(Logged(line))
 
     def evaluated(self, epoch: float, loss: float) -> None:
         """Take an evaluation at the present step in."""
@@ -95,10 +112,11 @@ class Reporter:
             self._recorder.evaluation(self.step, epoch, loss)
         self._sender.send(Evaluated(self.step, loss))
 
-    def saved(self) -> None:
-        """A checkpoint of the present step is in storage."""
+    def saved(self, checkpoint: Place) -> None:
+        """A checkpoint of the present step is in storage. Collective."""
         self.publish()
         self._sender.send(Saved(self.step))
+        self._sender.hand_over(checkpoint, {"step": self.step, **self.summary()})
 
     def state(self) -> dict[str, int | float | None]:
         """What the checkpoint of the present step must carry of the record; empty on other ranks than 0."""

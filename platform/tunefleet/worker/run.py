@@ -8,6 +8,7 @@ from tunefleet.worker.build import Trainee, build, open_data
 from tunefleet.worker.failures import describe_failure, failures, hopeless, record_failure
 from tunefleet.worker.finish import finish
 from tunefleet.worker.job import Job, JobConfig, read_job
+from tunefleet.worker.mailbox import Sender
 from tunefleet.worker.reporter import Reporter
 from tunefleet.worker.saving import save_checkpoint
 from tunefleet.worker.seat import Seat, check_seat, take_seat
@@ -24,7 +25,7 @@ def run_worker(config: JobConfig) -> Ending:
     past = seat.from_leader(lambda: failures(job.folder.record))
     if hopeless(past):
         return {"failed": True}
-    reporter = Reporter(job, seat)
+    reporter = Reporter(job, seat, Sender(config["mailbox"], active=seat.leads))
     try:
         return attempt(job, seat, reporter)
     except Exception as error:

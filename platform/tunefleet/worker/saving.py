@@ -1,12 +1,9 @@
-"""Checkpoints on their way to storage, and into Ray's books."""
+"""Checkpoints on their way to storage."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-
-import ray.train
-from ray.train import Checkpoint, CheckpointUploadMode
 
 from tunefleet.storage import Place, prune, step_name
 from tunefleet.training.checkpoint import Progress, save
@@ -28,8 +25,7 @@ def save_checkpoint(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) 
         progress = Progress(reporter.step, reporter.state())
         save(Path(folder), trainee.state, progress, only_weights=run.save_only_model)
         seat.together(lambda: _store(Path(folder), target, job, reporter) if seat.leads else None)
-    reporter.saved()
-    _tell_ray(target, seat, reporter)
+    reporter.saved(target)
 
 
 def _scratch(job: Job) -> Path | None:
@@ -47,13 +43,3 @@ def _store(folder: Path, target: Place, job: Job, reporter: Reporter) -> None:
     run = job.plan.recipe.run
     best = reporter.best_step if run.load_best_model_at_end else None
     prune(job.folder.checkpoints, run.save_total_limit, None if best is None else step_name(best))
-
-
-def _tell_ray(target: Place, seat: Seat, reporter: Reporter) -> None:
-    """Hand the checkpoint over by name: it is in storage already. A barrier over all workers."""
-    checkpoint = Checkpoint(target.path, target.filesystem) if seat.leads else None
-    ray.train.report(
-        {"step": reporter.step, **reporter.summary()},
-        checkpoint=checkpoint,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )

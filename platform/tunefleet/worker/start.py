@@ -62,13 +62,13 @@ def found_start(job: Job, seat: Seat) -> Iterator[Start]:
 
 
 def _find(job: Job) -> _Found:
-    if not job.plan.resumable:
-        return _Found(None)
-    # A local checkpoint is read where it lies; a remote one is hashed while it is downloaded.
-    hashes = job.folder.checkpoints.local_path is not None
-    newest, notices = newest_complete(job.folder.checkpoints, hashes=hashes)
-    if newest is not None:
-        return _Found(newest.uri, True, tuple(notices))
+    notices: list[str] = []
+    if job.plan.resumable:
+        # A local checkpoint is read where it lies; a remote one is hashed while it is downloaded.
+        hashes = job.folder.checkpoints.local_path is not None
+        newest, notices = newest_complete(job.folder.checkpoints, hashes=hashes)
+        if newest is not None:
+            return _Found(newest.uri, True, tuple(notices))
     wish = job.plan.recipe.run.resume_from_checkpoint
     if isinstance(wish, str):
         return _Found(_named(wish, job).uri, False, tuple(notices))

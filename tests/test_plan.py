@@ -1,0 +1,434 @@
+"""The plan as a pure function: every number of a run, and every refusal, from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from torch import nn
+from torch.optim import Optimizer
+
+from tunefleet.errors import Refused
+from tunefleet.hardware import Hardware
+from tunefleet.plan import (
+    ClusterShape,
+    DataShape,
+    NodeShape,
+    Plan,
+    SplitShape,
+    batch_schedule,
+    differences,
+    make_plan,
+    mathematics,
+    planned_precision,
+)
+from tunefleet.recipe.read import read_flat
+from tunefleet.recipe.sections import Recipe
+from tunefleet_strategies.contract import (
+    AttachContext,
+    Domain,
+    Footprint,
+    ModelShape,
+    OptimizerSpec,
+    ParameterShape,
+    Precision,
+    Strategy,
+    Traits,
+)
+
+BASE: dict[str, object] = {
+    "model_name_or_path": "base",
+    "dataset": "rows.jsonl",
+    "output_dir": "outputs/first",
+    "finetuning_type": "full",
+}
+SHAPE = ModelShape(
+    "TinyForCausalLM",
+    vocab_size=10,
+    hidden_size=4,
+    layers=1,
+    parameters=(ParameterShape("embed", (10, 4), True), ParameterShape("head", (4, 10), False)),
+)
+PLAIN, WITH_BF16 = Hardware("cpu", bf16=False), Hardware("cpu", bf16=True)
+GPU = Hardware("cuda", bf16=True)
+LAPTOP = ClusterShape((NodeShape(cpus=4),), cpu=PLAIN)
+GPU_NODE = ClusterShape((NodeShape(cpus=8, gpus=2),), cpu=PLAIN, gpu=GPU)
+
+
+class Picky(Strategy):
+    """A method whose traits forbid most things."""
+
+    name: ClassVar[str] = "picky"
+    summary: ClassVar[str] = "one worker, no accumulation"
+    selector: ClassVar[Mapping[str, object]] = {"finetuning_type": "picky"}
+
+    def traits(self) -> Traits:
+        return Traits(max_workers=1, accumulation=False, resumable=False)
+
+    def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:
+        return model
+
+    def optimizer(self, model: nn.Module, spec: OptimizerSpec) -> Optimizer:
+        raise NotImplementedError
+
+    def footprint(self, shape: ModelShape, precision: Precision) -> Footprint:
+        return Footprint(weights=shape.total, gradients=shape.trainable, optimizer_state=7)
+
+    def search_space(self) -> dict[str, Domain]:
+        return {}
+
+    def export(self, model: nn.Module, folder: Path, initial: Mapping[str, object]) -> None:
+        raise NotImplementedError
+
+
+def recipe(**keys: object) -> Recipe:
+    return read_flat(BASE | keys)
+
+
+def picky(**keys: object) -> Recipe:
+    return recipe(**keys).model_copy(update={"method": Picky()})
+
+
+def data(rows: int = 100, digest: str = "abc") -> DataShape:
+    return DataShape(SplitShape(rows, rows * 9, rows * 5), SplitShape(7, 70, 30), train_sha256=digest, bad_rows=2)
+
+
+def planned(
+    cluster: ClusterShape = LAPTOP,
+    rows: int | None = 100,
+    digest: str = "abc",
+    notices: tuple[str, ...] = (),
+    **keys: object,
+) -> Plan:
+    shape = None if rows is None else data(rows, digest)
+    return make_plan(recipe(**keys), SHAPE, shape, cluster, "/work", notices)
+
+
+def refusal(read: Recipe, cluster: ClusterShape = LAPTOP) -> str:
+    with pytest.raises(Refused) as caught:
+        make_plan(read, SHAPE, data(), cluster, "/work")
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+# ---- batch and updates ----------------------------------------------------------------------------------------------
+
+
+def test_the_global_batch_is_micro_batch_times_accumulation_times_workers() -> None:
+    batch = planned(per_device_train_batch_size=3, gradient_accumulation_steps=4, ray_num_workers=2).batch
+    assert (batch.micro_batch_samples, batch.accumulation, batch.global_batch_samples) == (3, 4, 24)
+    assert batch.updates_per_epoch == 5, "100 rows, the last batch short"
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows", "updates"),
+    [
+        *(({"num_train_epochs": 1}, 80, 10), ({"num_train_epochs": 1}, 81, 11), ({"num_train_epochs": 3}, 80, 30)),
+        *(({"num_train_epochs": 0.5}, 80, 5), ({"num_train_epochs": 0.51}, 80, 6), ({"num_train_epochs": 1.5}, 8, 2)),
+        *(
+            ({"num_train_epochs": 0.001}, 8, 1),
+            ({"max_steps": 7}, 80, 7),
+            ({"max_steps": 7}, None, 7),
+            ({}, None, None),
+        ),
+    ],
+)
+def test_updates_follow_from_steps_or_epochs(keys: dict[str, Any], rows: int | None, updates: int | None) -> None:
+    assert planned(rows=rows, **keys).batch.updates == updates
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows", "warmup"),
+    [
+        *(({"warmup_ratio": 0.1, "max_steps": 20}, 80, 2), ({"warmup_ratio": 0.11, "max_steps": 20}, 80, 3)),
+        *(({"warmup_steps": 4, "warmup_ratio": 0.5}, 80, 4), ({"warmup_steps": 4}, None, 4), ({}, 80, 0)),
+        *(({"warmup_steps": 0.1, "max_steps": 30}, 80, 3), ({"warmup_ratio": 0.1}, None, None)),
+    ],
+)
+def test_warm_up_follows_from_steps_or_ratio(keys: dict[str, Any], rows: int | None, warmup: int | None) -> None:
+    assert planned(rows=rows, **keys).batch.warmup_updates == warmup
+
+
+def test_the_schedule_of_batches_depends_on_seed_and_data_alone() -> None:
+    one = batch_schedule(planned(per_device_train_batch_size=8, ray_num_workers=1))
+    two = batch_schedule(planned(per_device_train_batch_size=4, ray_num_workers=2, learning_rate=1))
+    assert one == two
+    assert (one.rows, one.global_batch, one.updates, one.seed) == (100, 8, 39, 42)
+    assert batch_schedule(planned(data_seed=5)).seed == 5
+
+
+@pytest.mark.parametrize("keys", [{}, {"max_steps": 3}])
+def test_there_is_no_schedule_without_data(keys: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="not been tokenised"):
+        batch_schedule(planned(rows=None, **keys))
+
+
+# ---- workers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpus", "count", "each"),
+    [
+        *(((4,), 1, 4), ((4,), 2, 2), ((4,), 3, 1), ((8, 8), 2, 8), ((8, 8), 4, 4), ((8, 8), 3, 4)),
+        *(((4, 2), 3, 2), ((16, 1), 2, 8), ((2.5,), 1, 2)),
+    ],
+)
+def test_cpus_are_divided_evenly_over_the_machines(cpus: tuple[float, ...], count: int, each: int) -> None:
+    cluster = ClusterShape(tuple(NodeShape(one) for one in cpus), cpu=PLAIN)
+    workers = planned(cluster, ray_num_workers=count).workers
+    assert (workers.device, workers.resources, workers.threads) == ("cpu", {"CPU": each}, each)
+
+
+def test_each_worker_gets_a_gpu_where_there_are_any() -> None:
+    workers = planned(GPU_NODE, ray_num_workers=2).workers
+    assert (workers.device, workers.resources, workers.threads) == ("cuda", {"GPU": 1, "CPU": 1}, 1)
+
+
+def test_written_resources_decide_device_and_threads() -> None:
+    workers = planned(GPU_NODE, resources_per_worker={"CPU": 2.0}, placement_strategy="SPREAD").workers
+    assert (workers.device, workers.threads, workers.placement_strategy) == ("cpu", 2, "SPREAD")
+    assert planned(GPU_NODE, resources_per_worker={"CPU": 0.5, "GPU": 0.5}).workers.device == "cuda"
+    assert planned(LAPTOP, resources_per_worker={"CPU": 0.5}).workers.threads == 1
+
+
+def test_custom_resources_are_counted_on_each_machine() -> None:
+    nodes = (NodeShape(4, others={"fast_disk": 1}), NodeShape(4, others={"fast_disk": 1}), NodeShape(4))
+    cluster = ClusterShape(nodes, cpu=PLAIN)
+    asked = {"CPU": 1, "fast_disk": 1}
+    assert planned(cluster, ray_num_workers=2, resources_per_worker=asked).workers.count == 2
+    sentence = refusal(recipe(ray_num_workers=3, resources_per_worker=asked), cluster)
+    assert "at most ray_num_workers: 2" in sentence
+
+
+def test_one_worker_is_never_spread_over_two_machines() -> None:
+    cluster = ClusterShape((NodeShape(3), NodeShape(3)), cpu=PLAIN)
+    assert cluster.cpus == 6
+    assert cluster.fits({"CPU": 2}) == 2
+    assert cluster.fits({"CPU": 4}) == 0
+
+
+def test_parts_of_a_cpu_are_counted_without_rounding_down() -> None:
+    assert 1.2 / 0.4 < 3
+    assert NodeShape(1.2).fits({"CPU": 0.4}) == 3
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"ray_num_workers": 5}, ["ray_num_workers: 5", "(4 CPU, 0 GPU)", "ray_num_workers: 4 does"]),
+        ({"resources_per_worker": {"GPU": 1}}, ["1 GPU", "0 GPU", "make resources_per_worker smaller"]),
+        ({"resources_per_worker": {"CPU": 9}}, ["9 CPU", "make resources_per_worker smaller"]),
+        ({"ray_num_workers": [1, 3]}, ["ray_num_workers: [1, 3]", "write ray_num_workers: 3"]),
+        ({"deepspeed": "ds.json"}, ["deepspeed", "leave the key out"]),
+        ({"fp16": True}, ["fp16", "CPU", "bf16: true"]),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_mend(keys: dict[str, Any], said: list[str]) -> None:
+    sentence = refusal(recipe(**keys))
+    assert [piece for piece in said if piece not in sentence] == []
+
+
+def test_the_mend_of_a_refusal_runs() -> None:
+    refusal(recipe(ray_num_workers=5))
+    assert planned(ray_num_workers=4).workers.count == 4
+    refusal(recipe(ray_num_workers=[1, 3]))
+    assert planned(ray_num_workers=3).workers.count == 3
+
+
+def test_a_method_for_few_workers_is_refused_more() -> None:
+    sentence = refusal(picky(ray_num_workers=2))
+    assert "picky" in sentence
+    assert "write ray_num_workers: 1 (and multiply gradient_accumulation_steps by 2" in sentence
+
+
+def test_a_method_without_accumulation_is_refused_it() -> None:
+    sentence = refusal(picky(gradient_accumulation_steps=4))
+    assert "picky cannot accumulate" in sentence
+    assert "gradient_accumulation_steps is 4" in sentence
+    assert "per_device_train_batch_size" in sentence
+
+
+def test_what_the_traits_allow_is_planned() -> None:
+    plan = make_plan(picky(), SHAPE, data(), LAPTOP, "/work")
+    assert plan.model.optimizer_bytes == 7
+    assert not plan.resumable
+
+
+# ---- numbers and bytes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hardware", "keys", "formats"),
+    [
+        (PLAIN, {}, ("float32", "float32", "float32")),
+        (WITH_BF16, {}, ("bfloat16", "float32", "bfloat16")),
+        (WITH_BF16, {"bf16": False}, ("float32", "float32", "float32")),
+        (PLAIN, {"bf16": True}, ("bfloat16", "float32", "bfloat16")),
+        (PLAIN, {"pure_bf16": True}, ("bfloat16", "bfloat16", "bfloat16")),
+    ],
+)
+def test_number_formats_follow_recipe_and_processor(
+    hardware: Hardware, keys: dict[str, Any], formats: tuple[str, ...]
+) -> None:
+    precision = planned(ClusterShape((NodeShape(2),), cpu=hardware), **keys).precision
+    assert (precision.compute, precision.trainable, precision.frozen) == formats
+    resolved = precision.resolved()
+    assert [str(one) for one in (resolved.compute, resolved.trainable, resolved.frozen)] == [
+        f"torch.{name}" for name in formats
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "compute"),
+    [({}, "bfloat16"), ({"fp16": True}, "float16"), ({"resources_per_worker": {"CPU": 1}}, "float32")],
+)
+def test_the_device_that_the_workers_get_decides_the_format(keys: dict[str, Any], compute: str) -> None:
+    assert planned(GPU_NODE, **keys).precision.compute == compute
+
+
+@pytest.mark.parametrize("keys", [{}, {"pure_bf16": True}, {"bf16": True}])
+def test_the_format_is_known_before_the_model(keys: dict[str, Any]) -> None:
+    assert planned_precision(recipe(**keys), GPU_NODE) == planned(GPU_NODE, **keys).precision.resolved()
+
+
+def test_bf16_that_is_emulated_or_chosen_is_said() -> None:
+    assert any("no native bf16" in notice for notice in planned(bf16=True).notices)
+    assert any("Computing in bf16" in notice for notice in planned(GPU_NODE).notices)
+    assert planned().notices == ()
+
+
+@pytest.mark.parametrize(("optim", "optimizer_bytes"), [("adamw_torch", 2 * 40 * 4 + 4), ("sgd", 0)])
+def test_bytes_of_weights_gradients_and_optimizer(optim: str, optimizer_bytes: int) -> None:
+    model = planned(optim=optim).model
+    assert (model.parameters, model.trainable_parameters) == (80, 40)
+    assert (model.weight_bytes, model.gradient_bytes, model.optimizer_bytes) == (320, 160, optimizer_bytes)
+
+
+# ---- cadence, data, place -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "saving", "evaluation", "at_end"),
+    [
+        ({}, 500, None, False),
+        ({"save_strategy": "no"}, None, None, False),
+        ({"save_strategy": "epoch"}, 13, None, False),
+        ({"save_steps": 5, "eval_strategy": "steps", "eval_steps": 3}, 5, 3, True),
+        ({"eval_strategy": "steps", "logging_steps": 4}, 500, 4, True),
+        ({"eval_strategy": "epoch"}, 500, 13, True),
+        ({"do_eval": True}, 500, None, True),
+    ],
+)
+def test_cadence_counts_updates(keys: dict[str, Any], saving: int | None, evaluation: int | None, at_end: bool) -> None:
+    cadence = planned(eval_dataset="held", **keys).cadence
+    assert (cadence.saving, cadence.evaluation, cadence.evaluates_at_end) == (saving, evaluation, at_end)
+    assert cadence.logging == keys.get("logging_steps", 10)
+    assert not cadence.evaluates_at_start
+
+
+def test_an_evaluation_at_the_start_is_planned() -> None:
+    assert planned(eval_dataset="held", eval_on_start=True).cadence.evaluates_at_start
+
+
+def test_data_and_place_are_written_down() -> None:
+    plan = planned(ray_storage_path="store")
+    assert plan.data is not None
+    assert (plan.data.train_rows, plan.data.train_tokens, plan.data.train_target_tokens) == (100, 900, 500)
+    assert (plan.data.evaluation_rows, plan.data.bad_rows, plan.data.train_sha256) == (7, 2, "abc")
+    place = plan.place
+    assert (place.run_name, place.storage_path, place.output_dir, place.root) == (
+        *("outputs-first", "store", "outputs/first", "/work"),
+    )
+    assert planned(rows=None).data is None
+
+
+def test_notices_of_recipe_and_caller_are_kept_in_order() -> None:
+    plan = planned(notices=("first said",), max_steps=3, num_train_epochs=2, save_only_model=True)
+    assert [notice.partition(" ")[0] for notice in plan.notices] == ["max_steps:", "first", "save_only_model:"]
+    assert not plan.resumable
+    assert planned().resumable
+
+
+# ---- as JSON --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({}, {"finetuning_type": "lora", "lora_target": "q_proj"}, {"finetuning_type": "freeze"}),
+        *({"disable_gradient_checkpointing": False}, {"gradient_checkpointing": True}),
+        {"warmup_steps": 0.1, "resume_from_checkpoint": False, "bf16": False},
+        {"resources_per_worker": {"CPU": 0.5}, "ray_init_kwargs": {"resources": {"a": 1}}, "val_size": 0.1},
+        {"eval_strategy": "steps", "val_size": 3, "load_best_model_at_end": True, "report_to": "none"},
+        {"stage": "pt", "neat_packing": False, "packing": True, "template": "qwen", "learning_rate": 1.1e-7},
+    ],
+)
+@pytest.mark.parametrize("rows", [None, 100])
+def test_a_plan_travels_as_json(keys: dict[str, Any], rows: int | None) -> None:
+    plan = planned(rows=rows, **keys)
+    again = Plan.model_validate_json(plan.model_dump_json())
+    assert again == plan
+    assert type(again.recipe.method) is type(plan.recipe.method)
+    assert mathematics(again) == mathematics(plan)
+    assert again.model_dump_json() == plan.model_dump_json()
+
+
+# ---- what may differ between a run and its continuation -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"logging_steps": 3}, {"save_steps": 7}, {"save_total_limit": 2}, {"output_dir": "elsewhere"}, {"seed": 42}),
+        *({"ray_storage_path": "s3://b/c"}, {"placement_strategy": "SPREAD"}, {"resources_per_worker": {"CPU": 1}}),
+        *({"max_failures": 0}, {"plot_loss": False}, {"overwrite_output_dir": True}, {"cache_dir": "c"}),
+        *({"gradient_checkpointing": True}, {"dataloader_num_workers": 2}, {"eval_dataset": "x", "do_eval": True}),
+        *({"report_to": "none"}, {"resume_from_checkpoint": True}, {"ray_address": "auto"}, {"dataset_dir": "d"}),
+    ],
+)
+def test_logging_saving_and_placement_may_change(keys: dict[str, Any]) -> None:
+    assert differences(mathematics(planned()), mathematics(planned(**keys))) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        *(({"learning_rate": 1e-3}, "learning_rate: 5e-05 -> 0.001"), ({"seed": 1}, "seed: 42 -> 1")),
+        *(({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1 -> 2"),),
+        *(
+            ({"num_train_epochs": 1}, "num_train_epochs: 3.0 -> 1.0"),
+            ({"optim": "sgd"}, "optim: 'adamw_torch' -> 'sgd'"),
+        ),
+        *(({"ray_num_workers": 2}, "ray_num_workers: 1 -> 2"), ({"digest": "xyz"}, "training rows: 'abc' -> 'xyz'")),
+        *(({"model_name_or_path": "other"}, "model_name_or_path: 'base' -> 'other'"), ({"bf16": False}, "bf16: None")),
+        *(({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' -> 'cosine'"),),
+        *(({"cutoff_len": 9}, "cutoff_len: 2048 -> 9"), ({"val_size": 0.5}, "val_size: 0.0 -> 0.5")),
+    ],
+)
+def test_what_changes_the_numbers_is_named_alone(keys: dict[str, Any], named: str) -> None:
+    digest = str(keys.pop("digest", "abc"))
+    found = differences(mathematics(planned()), mathematics(planned(digest=digest, **keys)))
+    assert len(found) == 1
+    assert found[0].startswith(named)
+
+
+def test_another_processor_or_method_changes_the_numbers() -> None:
+    other = ClusterShape((NodeShape(4),), cpu=WITH_BF16)
+    assert [line.partition(":")[0] for line in differences(mathematics(planned()), mathematics(planned(other)))] == [
+        "precision"
+    ]
+    found = differences(mathematics(planned()), mathematics(planned(finetuning_type="lora")))
+    assert "finetuning_type: 'full' -> 'lora'" in found
+    assert "lora_rank: None -> 8" in found
+
+
+@pytest.mark.parametrize("order", [lambda a, b: (a, b), lambda a, b: (b, a)])
+def test_differences_name_keys_of_either_side(order: Callable[[object, object], tuple]) -> None:
+    one, two = order({"a": 1, "b": 2}, {"a": 1})
+    assert [line.partition(":")[0] for line in differences(one, two)] == ["b"]

@@ -1,0 +1,90 @@
+"""What attempts died of, and whether another one is worth trying."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.storage import Damaged, Place, place
+from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, last_failure, record_failure
+from tunefleet_strategies.contract import StrategyError
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Place:
+    return place(tmp_path / "run" / "record")
+
+
+def failure(
+    attempt: int = 1, rank: int = 0, step: int = 5, message: str = "boom", final: bool = False, kind: str = "OSError"
+) -> Failure:
+    return Failure(attempt, rank, step, kind, message, refused=False, final=final)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message", "refused", "final"),
+    [
+        (Refused("mend it."), "Refused", "mend it.", True, True),
+        (StrategyError("no such layer; name another"), "StrategyError", "no such layer; name another", True, True),
+        (RunFailed("not finite"), "RunFailed", "not finite", False, True),
+        (Damaged("gone"), "Damaged", "gone", False, True),
+        (ValueError("odd"), "ValueError", "ValueError: odd", False, False),
+        (OSError(), "OSError", "OSError: ", False, False),
+    ],
+)
+def test_an_exception_becomes_data(error: Exception, kind: str, message: str, refused: bool, final: bool) -> None:
+    assert describe_failure(error, attempt=2, rank=1, step=7) == Failure(2, 1, 7, kind, message, refused, final)
+
+
+def test_nothing_failed_yet(record: Place) -> None:
+    assert failures(record) == []
+    assert last_failure([]) is None
+    assert not hopeless([])
+
+
+def test_failures_of_several_ranks_are_read_in_order(record: Place) -> None:
+    written = [failure(attempt, rank) for attempt, rank in ((2, 0), (1, 10), (1, 2), (10, 0), (2, 1))]
+    for one in written:
+        record_failure(record, one)
+    assert failures(record) == sorted(written, key=lambda one: (one.attempt, one.rank))
+
+
+def test_other_files_beside_failures_are_passed_over(record: Place) -> None:
+    record_failure(record, failure())
+    record.child("failures", ".0001_0001.json.tmp-0").write_text("{")
+    assert failures(record) == [failure()]
+
+
+def test_the_last_failure_is_of_the_newest_attempt() -> None:
+    past = [failure(1, message="old", final=True), failure(2, 0, message="new"), failure(2, 1, message="echo")]
+    assert last_failure(past) == past[1]
+
+
+def test_the_last_failure_is_the_foreseen_one_of_its_attempt() -> None:
+    past = [failure(1, 0, message="a rank was lost"), failure(1, 1, message="not finite", final=True)]
+    assert last_failure(past) == past[1]
+
+
+def test_one_failure_is_worth_another_attempt_unless_it_is_final() -> None:
+    assert not hopeless([failure()])
+    assert hopeless([failure(final=True)])
+
+
+@pytest.mark.parametrize(
+    ("change", "is_hopeless"),
+    [({}, True), ({"rank": 1}, True), ({"step": 6}, False), ({"message": "bang"}, False), ({"kind": "X"}, False)],
+)
+def test_the_same_error_at_the_same_step_twice_is_hopeless(change: dict[str, object], is_hopeless: bool) -> None:
+    assert hopeless([failure(1), replace(failure(2), **change)]) is is_hopeless  # type: ignore[arg-type]
+
+
+def test_the_same_error_of_two_ranks_at_once_counts_once() -> None:
+    assert not hopeless([failure(1, rank=0), failure(1, rank=1)])
+
+
+def test_an_error_that_comes_again_later_is_hopeless_too() -> None:
+    assert hopeless([failure(1), failure(2, message="another"), failure(3)])
+    assert not hopeless([failure(1), failure(2), failure(3, step=9)])
