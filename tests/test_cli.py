@@ -213,7 +213,7 @@ def test_a_plan_for_people_shows_names_and_notices_as_they_are(
     answer = command("plan", recipe, f"dataset='{rows.name}'", "output_dir='out[lora]'")
     assert (answer.code, answer.err) == (0, "")
     assert " out[lora] " in answer.out
-    assert "note 1 rows are not used (rows [bold].jsonl row 2: " in answer.out
+    assert "note 1 row is not used (rows [bold].jsonl row 2: " in answer.out
     assert "plan of out-lora" in answer.out
 
 

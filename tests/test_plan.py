@@ -12,20 +12,10 @@ from torch.optim import Optimizer
 
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
-from tunefleet.plan import (
-    ClusterShape,
-    DataShape,
-    NodeShape,
-    Plan,
-    SplitShape,
-    batch_schedule,
-    differences,
-    make_plan,
-    mathematics,
-    planned_precision,
-)
+from tunefleet.plan import Plan, batch_schedule, differences, make_plan, mathematics, planned_precision
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
+from tunefleet.shapes import ClusterShape, DataShape, NodeShape, SplitShape
 from tunefleet_strategies.contract import (
     AttachContext,
     Domain,

@@ -8,81 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, JsonValue, PlainSerializer
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
-from tunefleet.hardware import Hardware
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
+from tunefleet.shapes import ClusterShape, DataShape
 from tunefleet.training.precision import resolve
 from tunefleet_strategies.contract import ModelShape, Precision, Traits
-
-
-@dataclass(frozen=True)
-class NodeShape:
-    """What one machine offers."""
-
-    cpus: float
-    gpus: float = 0.0
-    others: Mapping[str, float] | None = None
-    """Custom resources by name."""
-
-    def fits(self, request: Mapping[str, float]) -> int:
-        """How many workers of this size the machine holds."""
-        offered = {"CPU": self.cpus, "GPU": self.gpus, **(self.others or {})}
-        asked = {name: amount for name, amount in request.items() if amount > 0}
-        return min((int(offered.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items()), default=0)
-
-
-@dataclass(frozen=True)
-class ClusterShape:
-    """The machines that a run may use, and what their processors can do."""
-
-    nodes: tuple[NodeShape, ...]
-    cpu: Hardware
-    gpu: Hardware | None = None
-    """None where no machine has one."""
-
-    @property
-    def cpus(self) -> float:
-        return sum(node.cpus for node in self.nodes)
-
-    @property
-    def gpus(self) -> float:
-        return sum(node.gpus for node in self.nodes)
-
-    def fits(self, request: Mapping[str, float]) -> int:
-        """How many workers of this size the machines hold."""
-        return sum(node.fits(request) for node in self.nodes)
-
-    def hardware(self, device: Literal["cpu", "cuda"]) -> Hardware:
-        """What trains where the workers get this device."""
-        return self.gpu if device == "cuda" and self.gpu is not None else self.cpu
-
-
-@dataclass(frozen=True)
-class SplitShape:
-    """Size of one tokenised split."""
-
-    rows: int
-    tokens: int
-    target_tokens: int
-
-
-@dataclass(frozen=True)
-class DataShape:
-    """What the token cache holds for a recipe."""
-
-    train: SplitShape
-    evaluation: SplitShape | None
-    train_sha256: str
-    """Hash of the training rows as tokens."""
-    bad_rows: int = 0
 
 
 class WorkerPlan(Settings):

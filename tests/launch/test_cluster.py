@@ -14,8 +14,8 @@ import tunefleet_strategies
 from tunefleet.errors import Refused
 from tunefleet.hardware import local_cpu
 from tunefleet.launch.cluster import _JOB_CONFIG, _node_shape, _runtime_env, cluster_address, local_shape
-from tunefleet.plan import NodeShape
 from tunefleet.recipe.sections import RaySettings
+from tunefleet.shapes import NodeShape
 
 OURS = [str(Path(str(package.__file__)).parent) for package in (tunefleet, tunefleet_strategies)]
 

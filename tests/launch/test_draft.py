@@ -14,9 +14,10 @@ from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
 from tunefleet.launch.draft import data_shape, draft, tokenised
 from tunefleet.models import load_model
-from tunefleet.plan import ClusterShape, NodeShape, Plan
+from tunefleet.plan import Plan
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
+from tunefleet.shapes import ClusterShape, NodeShape
 from tunefleet_strategies.contract import AttachContext, Precision, StrategyError
 
 LAPTOP = ClusterShape((NodeShape(cpus=2),), cpu=Hardware("cpu", bf16=False))

@@ -16,8 +16,9 @@ from tunefleet.artifacts.record import RESULT
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
 from tunefleet.launch.runs import claimed, open_run
-from tunefleet.plan import ClusterShape, NodeShape, Plan, make_plan
+from tunefleet.plan import Plan, make_plan
 from tunefleet.recipe.read import read_flat
+from tunefleet.shapes import ClusterShape, NodeShape
 from tunefleet.storage import Place, place, step_name
 from tunefleet_strategies.contract import ModelShape, ParameterShape
 

@@ -17,8 +17,8 @@ import tunefleet
 import tunefleet_strategies
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.hardware import Hardware, local_cpu, local_gpu
-from tunefleet.plan import ClusterShape, NodeShape
 from tunefleet.recipe.sections import RaySettings
+from tunefleet.shapes import ClusterShape, NodeShape
 
 _BUILT_IN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
