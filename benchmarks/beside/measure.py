@@ -62,11 +62,6 @@ def intervals(stamps: Sequence[float]) -> tuple[float, ...]:
     return tuple(later - earlier for earlier, later in pairwise(stamps))
 
 
-def evenly(tokens: int, steps: int) -> tuple[float, ...]:
-    """Return the tokens of each step where only their sum is known, as after the peer's packing."""
-    return (tokens / steps,) * steps
-
-
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose columns are padded, so that it reads as plain text too."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]

@@ -95,7 +95,7 @@ def facts(work: Work, repetitions: int) -> dict[str, object]:
         "threads": THREADS,
         "repetitions": repetitions,
         "rows_visited": work.rows,
-        "rows_made": ROWS,
+        "rows_given": ROWS,
         "tokens": work.tokens,
         "fill_of_padded_batches": round(work.fill, 3),
         "learning_rate": LEARNING_RATE,
@@ -107,6 +107,7 @@ def summary(work: Work, repetitions: int) -> str:
     """Return the sentence above the table."""
     return (
         f"{os.cpu_count()} cores, {THREADS} thread a side, median (least-greatest) of {repetitions} runs taking turns; "
-        f"{work.rows} of {ROWS} alpaca-style rows, {work.tokens} tokens, padded batches would be {work.fill:.0%} full; "
+        f"{ROWS} alpaca-style rows given, {work.rows} visited in {work.steps} steps, {work.tokens} tokens; "
+        f"padded batches would be {work.fill:.0%} full; "
         f"learning rate {LEARNING_RATE}; 'warm' leaves out the first {WARM_UP_STEPS} steps and all that is not a step."
     )

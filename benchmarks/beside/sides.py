@@ -1,10 +1,12 @@
 """The sides of the comparison: what each is asked, and how its run is read afterwards.
 
-Every side visits the same rows once, from the same weights, at the same learning rate and batch. The peer is given the
-rows in the order in which we visit them and told not to shuffle. Packing, which is the peer's own, changes the order.
+Every side is given the same rows and visits the same ones of them, from the same weights, at the same learning rate and
+batch. The peer is given the rows in the order in which we visit them and told not to shuffle. Packing, which is the
+peer's own, changes the order.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from beside.commands import Timed, run_timed
-from beside.measure import Run, evenly, intervals
+from beside.measure import Run, intervals
 from beside.work import BATCH, SEED, Work
 
 LEARNING_RATE = 1e-4
@@ -52,7 +54,7 @@ class Side:
 
 
 def packed_length(work: Work) -> int:
-    """Return the row length at which the peer's packing gives as many steps as ours: BATCH mean rows, a multiple of 8.
+    """Return the length at which the peer's packed row is as large as our step: BATCH mean rows, a multiple of 8.
 
     The peer cannot pack to another length (it pads inputs to a multiple of 8, but not their positions).
     """
@@ -89,10 +91,10 @@ def common_settings(work: Work, method: str) -> dict[str, object]:
         "do_train": True,
         "finetuning_type": method,
         "dataset_dir": str(work.data),
-        "template": "default",
+        "template": "mistral",
         "per_device_train_batch_size": BATCH,
         "learning_rate": LEARNING_RATE,
-        "num_train_epochs": 1.0,
+        "max_steps": work.steps,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -139,12 +141,20 @@ def read_peer(side: Side, timed: Timed, state: Path, work: Work) -> Run:
     kept = json.loads(state.read_text())
     steps = [line for line in kept["log_history"] if "loss" in line]
     stamps = timed.arrivals("{'loss'")
-    tokens = evenly(work.tokens, len(steps)) if side.packs else tuple(map(float, work.tokens_of_step[: len(steps)]))
+    tokens = (
+        packed_tokens(timed, work, len(steps)) if side.packs else tuple(map(float, work.tokens_of_step[: len(steps)]))
+    )
     if not side.packs and kept["num_input_tokens_seen"] != sum(tokens):
         raise SystemExit(f"{side.name} read {kept['num_input_tokens_seen']} tokens where {sum(tokens):.0f} were given.")
     losses = tuple(float(line["loss"]) for line in steps)
     grad_norms = tuple(float(line["grad_norm"]) for line in steps)
     return Run(timed.wall_seconds, intervals(stamps), tokens, losses, grad_norms)
+
+
+def packed_tokens(timed: Timed, work: Work, steps: int) -> tuple[float, ...]:
+    """Return the real tokens of each step where a step is one packed row: their mean over all rows that were packed."""
+    said = next(match for _, text in timed.lines if (match := re.search(r"Num examples = ([\d,]+)", text)))
+    return (work.epoch_tokens / int(said[1].replace(",", "")),) * steps
 
 
 def run_ours(settings: Mapping[str, object], commands: Commands, output: Path) -> Run:

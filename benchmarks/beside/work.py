@@ -4,6 +4,7 @@ Model W3 of the reference: a Llama of 33.7 M parameters with random weights, voc
 into one folder and found again by the next run.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ class Work:
     base: Path  # model and tokenizer
     adapter: Path  # the LoRA adapter that both sides start from (B = 0)
     data: Path  # dataset_info.json with the data sets `ours`, `peer` and `held_out`
-    rows: int  # rows that one run visits, once each
+    steps: int  # optimizer steps of one run, each over BATCH of the ROWS rows that it is given
+    epoch_tokens: int  # real tokens of all ROWS rows
     tokens_of_step: tuple[int, ...]  # real tokens of each step's BATCH rows, in the order of the visit
     padded_of_step: tuple[int, ...]  # the same rows, each as long as the longest of its step
     longest: int  # tokens of the longest row
@@ -47,20 +49,28 @@ class Work:
         return sum(self.tokens_of_step)
 
     @property
+    def rows(self) -> int:
+        """Rows of all steps together."""
+        return self.steps * BATCH
+
+    @property
     def fill(self) -> float:
         """Share of a padded batch that is real."""
         return self.tokens / sum(self.padded_of_step)
 
 
 def question_of(row: AlpacaRow) -> str:
-    """Return what stands before the answer in the template `default` of both sides; it is not trained on."""
+    """Return what stands before the answer in the template `mistral` of both sides; it is not trained on.
+
+    In that template an answer ends with its end token. In `default` a line break follows, which the peer also learns.
+    """
     question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
-    return f"Human: {question}{END}\nAssistant:"
+    return f"[INST] {question}[/INST]"
 
 
 def rendered(row: AlpacaRow) -> str:
-    """Return the whole row as the template `default` of both sides writes it, end tokens included."""
-    return f"{question_of(row)}{row.output}{END}\n"
+    """Return the whole row as the template `mistral` of both sides writes it, end tokens included."""
+    return f"{question_of(row)} {row.output}{END}"
 
 
 def train_tokenizer(rows: Sequence[AlpacaRow]) -> PreTrainedTokenizerFast:
@@ -139,16 +149,27 @@ def make_work(root: Path, steps: int) -> Work:
     if not 1 <= steps <= ROWS // BATCH:
         raise ValueError(f"{steps} steps of {BATCH} rows are not in {ROWS} rows; ask for 1 to {ROWS // BATCH}.")
     everything = make_rows(ROWS + HELD_OUT_ROWS, SEED)
-    rows, held_out = everything[: steps * BATCH], everything[ROWS:]
-    order = [int(index) for index in epoch_order(len(rows), SEED, 0)]
-    base, adapter, data = root / "base", root / "adapter", root / f"data_{steps}"
-    make_once(base, lambda folder: make_base(folder, everything[:ROWS]))
+    rows, held_out = everything[:ROWS], everything[ROWS:]
+    order = [int(index) for index in epoch_order(ROWS, SEED, 0)]
+    # Named by what it is made from: a folder that an older version of this file made is not found again.
+    root = root / hashlib.sha256("".join(map(rendered, everything)).encode()).hexdigest()[:12]
+    base, adapter, data = root / "base", root / "adapter", root / "data"
+    make_once(base, lambda folder: make_base(folder, rows))
     make_once(adapter, lambda folder: make_adapter(folder, base))
     make_once(data, lambda folder: make_data(folder, rows, held_out, order))
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    lengths = np.array([len(tokenizer.encode(rendered(rows[index])).ids) for index in order]).reshape(steps, BATCH)
+    lengths = np.array([len(tokenizer.encode(rendered(rows[index])).ids) for index in order]).reshape(-1, BATCH)
     with torch.device("meta"):
         parameters = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).num_parameters()
-    tokens_of_step = tuple(int(total) for total in lengths.sum(axis=1))
-    padded_of_step = tuple(int(longest) * BATCH for longest in lengths.max(axis=1))
-    return Work(base, adapter, data, len(rows), tokens_of_step, padded_of_step, int(lengths.max()), parameters)
+    visited = lengths[:steps]
+    return Work(
+        base,
+        adapter,
+        data,
+        steps=steps,
+        epoch_tokens=int(lengths.sum()),
+        tokens_of_step=tuple(int(total) for total in visited.sum(axis=1)),
+        padded_of_step=tuple(int(longest) * BATCH for longest in visited.max(axis=1)),
+        longest=int(lengths.max()),
+        parameters=parameters,
+    )

@@ -1,7 +1,6 @@
 """Rates are of real tokens, and start-up is in one of them only."""
 
-import pytest
-from beside.measure import Run, evenly, intervals, markdown_table, spread
+from beside.measure import Run, intervals, markdown_table, spread
 
 
 def run(step_seconds: tuple[float, ...], step_tokens: tuple[float, ...]) -> Run:
@@ -25,10 +24,6 @@ def test_the_whole_rate_counts_every_token_and_every_second() -> None:
 
 def test_intervals_are_the_time_between_lines() -> None:
     assert intervals((1.0, 1.5, 4.0)) == (0.5, 2.5)
-
-
-def test_evenly_keeps_the_sum() -> None:
-    assert sum(evenly(1000, 7)) == pytest.approx(1000)
 
 
 def test_spread_names_median_and_bounds() -> None:

@@ -1,6 +1,7 @@
 """What is asked of each side, and what is read from the files it leaves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ WORK = Work(
     base=Path("base"),
     adapter=Path("adapter"),
     data=Path("data"),
-    rows=16,
+    steps=2,
+    epoch_tokens=6500,
     tokens_of_step=(600, 700),
     padded_of_step=(1600, 1700),
     longest=200,
@@ -29,7 +31,7 @@ def trainer_state(folder: Path, tokens: int) -> Path:
     return file
 
 
-def test_the_sides_take_turns_and_the_packing_gives_as_many_steps() -> None:
+def test_the_sides_take_turns_and_a_packed_row_is_as_large_as_a_step() -> None:
     asked = sides(WORK)
     assert [side.is_peer for side in asked] == [True, False, True, False]
     assert packed_length(WORK) == 656  # a multiple of 8 just over the mean step of 650 tokens
@@ -37,7 +39,7 @@ def test_the_sides_take_turns_and_the_packing_gives_as_many_steps() -> None:
 
 
 def test_no_row_is_longer_than_the_packed_rows() -> None:
-    long_tail = Work(Path(), Path(), Path(), 16, (600, 700), (1600, 1700), longest=904, parameters=1)
+    long_tail = replace(WORK, longest=904)
     assert packed_length(long_tail) > 904
 
 
@@ -47,6 +49,12 @@ def test_the_peer_is_read_by_its_log_lines_and_its_own_state(tmp_path: Path) -> 
     assert run.tokens == 1300
     assert run.losses == (9.1, 9.0)
     assert run.grad_norms == (2.0, 1.0)
+
+
+def test_the_tokens_of_packed_rows_are_their_mean_over_the_epoch(tmp_path: Path) -> None:
+    packed = replace(TIMED, lines=((2.0, "[INFO] >>   Num examples = 10"), *TIMED.lines))
+    run = read_peer(sides(WORK)[2], packed, trainer_state(tmp_path, 0), WORK)
+    assert run.step_tokens == (650.0, 650.0)
 
 
 def test_a_peer_that_read_other_tokens_is_not_compared(tmp_path: Path) -> None:
