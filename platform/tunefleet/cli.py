@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,14 +127,17 @@ def plan(
     """Print every number of a run without loading weights."""
     read = _read(recipe, overrides, address)
     from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
+    from tunefleet.launch.display import open_display
     from tunefleet.launch.draft import draft
     from tunefleet.launch.tables import plan_table
 
-    if cluster_address(read.ray) is None:
-        made = draft(read, local_shape(read.ray), Path.cwd(), with_data=not no_data)
-    else:
-        with ray_session(read.ray):
-            made = draft(read, joined_shape(), Path.cwd(), with_data=not no_data)
+    with ExitStack() as stack:
+        joins = cluster_address(read.ray) is not None
+        if joins:
+            stack.enter_context(ray_session(read.ray))
+        cluster = joined_shape() if joins else local_shape(read.ray)
+        stages = stack.enter_context(open_display(_errors).preparing())
+        made = draft(read, cluster, Path.cwd(), stages, with_data=not no_data)
     if as_json:
         _print_json(made.model_dump(mode="json"))
         return
@@ -152,11 +156,13 @@ def data(
     """Show tokenised rows; what is learned stands out from what is only read."""
     read = _read(recipe, overrides)
     from tunefleet.data.show import rows_as_json, rows_as_text
+    from tunefleet.launch.display import open_display
     from tunefleet.launch.draft import tokenised
     from tunefleet.launch.tables import data_table
     from tunefleet.models import load_tokenizer
 
-    prepared = tokenised(read)
+    with open_display(_errors).preparing() as stages:
+        prepared = tokenised(read, stages)
     tokenizer = load_tokenizer(read.model)
     if prepared.train is None:
         raise Refused("The recipe names no training data: write dataset.")

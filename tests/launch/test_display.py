@@ -96,6 +96,28 @@ def test_a_log_breaks_no_line_and_has_no_colours() -> None:
     assert in_a_log(Noticed(said), width=30) == [f"note: {said}"]
 
 
+# ---- before the start ----------------------------------------------------------------------------------------------
+
+
+def prepared(display: LineDisplay | LiveDisplay) -> None:
+    with display.preparing() as stages:
+        for done in (0, 5, 10):
+            stages("tokenise training", done, 10)
+
+
+def test_a_log_has_a_line_for_each_stage_that_is_done() -> None:
+    file = io.StringIO()
+    prepared(LineDisplay(Console(file=file)))
+    assert file.getvalue() == "tokenise training: 10 done\n"
+
+
+def test_a_terminal_has_a_bar_for_each_stage() -> None:
+    file = io.StringIO()
+    prepared(LiveDisplay(Console(file=file, force_terminal=True, width=100)))
+    assert "tokenise training" in file.getvalue()
+    assert "10/10" in file.getvalue()
+
+
 # ---- one progress line ----------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ def test_without_data_nothing_is_tokenised_and_updates_are_unknown(quickstart_wo
 def test_with_data_every_number_is_known_and_told_on_the_way(quickstart_world: Path, tmp_path: Path) -> None:
     told: list[str] = []
     read = recipe(quickstart_world, tmp_path, num_train_epochs=2, eval_dataset="quickstart_heldout", do_eval=True)
-    plan = draft(read, LAPTOP, Path("/work"), progress=lambda *stage: told.append(stage[0]))
+    plan = draft(read, LAPTOP, Path("/work"), stages=lambda *stage: told.append(stage[0]))
     count = len(rows(quickstart_world))
     assert plan.data is not None
     assert plan.data.train_rows == count

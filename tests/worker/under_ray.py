@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from tests.worker.alone import run_alone
 
 from tunefleet.artifacts.metrics import TIMING_FIELDS, read_metrics
 from tunefleet.artifacts.record import read_attempts
+from tunefleet.launch.draft import Stages
 from tunefleet.launch.train import Outcome, train
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
@@ -44,6 +46,10 @@ class Watching:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+    @contextmanager
+    def preparing(self) -> Iterator[Stages]:
+        yield lambda *_: None
 
     def note(self, text: str) -> None:
         self.notes.append(text)

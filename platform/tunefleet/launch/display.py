@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from tunefleet.launch.draft import Stages
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 
 
@@ -24,6 +35,9 @@ class Display(Protocol):
     def show(self, event: Event) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def preparing(self) -> AbstractContextManager[Stages]:
+        """Show how far the stages before the start have come, while the block lasts."""
 
 
 def open_display(console: Console) -> Display:
@@ -68,6 +82,19 @@ class LiveDisplay:
     ) -> None:
         self._progress.stop()
 
+    @contextmanager
+    def preparing(self) -> Iterator[Stages]:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+        tasks: dict[str, TaskID] = {}
+        with Progress(*columns, console=self._console, transient=True) as bars:
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield show
+
     def note(self, text: str) -> None:
         # Notices quote what people wrote: rich shall read no markup and no emoji into them.
         self._progress.console.print(f"[yellow]note[/] {escape(text)}", highlight=False, emoji=False)
@@ -104,6 +131,14 @@ class LineDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+    @contextmanager
+    def preparing(self) -> Iterator[Stages]:
+        def show(stage: str, done: int, total: int) -> None:
+            if done == total:
+                self._print(f"{stage}: {total:,} done")
+
+        yield show
 
     def note(self, text: str) -> None:
         self._print(f"note: {text}")

@@ -14,11 +14,12 @@ from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, DataShape, SplitShape
 from tunefleet_strategies.contract import AttachContext
 
-Progress = Callable[[str, int, int], None]
+Stages = Callable[[str, int, int], None]
+"""Told how far a stage has come: its name, how much is done, of how much."""
 
 
 def draft(
-    recipe: Recipe, cluster: ClusterShape, root: Path, progress: Progress | None = None, with_data: bool = True
+    recipe: Recipe, cluster: ClusterShape, root: Path, stages: Stages | None = None, with_data: bool = True
 ) -> Plan:
     """Make the plan of a recipe; tokenises the data if the cache lacks it and `with_data` is set.
 
@@ -34,18 +35,18 @@ def draft(
     made = make_plan(recipe, shape, None, cluster, str(root), notices)
     if not with_data:
         return made
-    prepared = tokenised(recipe, progress)
+    prepared = tokenised(recipe, stages)
     return make_plan(recipe, shape, data_shape(prepared), cluster, str(root), [*notices, *_data_notices(prepared)])
 
 
-def tokenised(recipe: Recipe, progress: Progress | None = None) -> PreparedData:
+def tokenised(recipe: Recipe, stages: Stages | None = None) -> PreparedData:
     """The recipe's token splits, from the cache or made now."""
     return prepare(
         recipe.data,
         load_tokenizer(recipe.model),
         seed=recipe.training.order_seed,
         need_eval=recipe.evaluates,
-        progress=progress,
+        progress=stages,
     )
 
 

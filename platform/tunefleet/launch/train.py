@@ -64,7 +64,8 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         if joins:
             stack.enter_context(ray_session(recipe.ray))
         cluster = joined_shape() if joins else local_shape(recipe.ray)
-        plan = draft(recipe, cluster, root)
+        with display.preparing() as stages:
+            plan = draft(recipe, cluster, root, stages)
         storage = place(plan.place.storage_path, base=root)
         folder = RunFolder(storage.child(plan.place.run_name))
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
