@@ -244,10 +244,34 @@ def test_a_method_without_accumulation_is_refused_it() -> None:
     assert "per_device_train_batch_size" in sentence
 
 
+class Hasty(Picky):
+    """A method that uses each gradient at once."""
+
+    name: ClassVar[str] = "hasty"
+
+    def traits(self) -> Traits:
+        return Traits(clipping=False)
+
+
+def test_a_method_that_cannot_clip_refuses_a_written_norm_and_drops_the_default() -> None:
+    def hasty(**keys: object) -> Recipe:
+        return recipe(**keys).model_copy(update={"method": Hasty()})
+
+    sentence = refusal(hasty(max_grad_norm=1.0))
+    assert "hasty uses each gradient" in sentence
+    assert sentence.endswith("write max_grad_norm: 0.")
+    told = make_plan(hasty(), SHAPE, data(), LAPTOP, "/work").notices
+    assert any("gradients are not clipped" in notice for notice in told)
+    assert not any(
+        "clipped" in notice for notice in make_plan(hasty(max_grad_norm=0), SHAPE, data(), LAPTOP, "/work").notices
+    )
+
+
 def test_what_the_traits_allow_is_planned() -> None:
     plan = make_plan(picky(), SHAPE, data(), LAPTOP, "/work")
     assert plan.model.optimizer_bytes == 7
     assert not plan.resumable
+    assert any("cannot be resumed" in notice for notice in plan.notices)
 
 
 # ---- numbers and bytes ----------------------------------------------------------------------------------------------

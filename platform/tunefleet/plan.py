@@ -149,6 +149,7 @@ def make_plan(
             f"{recipe.method.name} cannot accumulate gradients, but gradient_accumulation_steps is "
             f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
         )
+    _refuse_clipping(recipe, traits)
     precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
     batch = _batch_plan(recipe, workers.count, data)
     footprint = recipe.method.footprint(model, precision)
@@ -178,7 +179,14 @@ def make_plan(
             root=root,
         ),
         resumable=traits.resumable and not recipe.run.save_only_model,
-        notices=(*recipe.notices, *notices, *precision_notices, *_resume_notices(recipe), *_warmup_notices(batch)),
+        notices=(
+            *recipe.notices,
+            *notices,
+            *precision_notices,
+            *_resume_notices(recipe, traits),
+            *_clipping_notices(recipe, traits),
+            *_warmup_notices(batch),
+        ),
     )
 
 
@@ -202,6 +210,24 @@ def _refuse_what_is_not_built(recipe: Recipe) -> None:
             "deepspeed is read but there is no DeepSpeed engine yet: leave the key out to train with plain data "
             "parallelism over ray_num_workers."
         )
+
+
+def _refuse_clipping(recipe: Recipe, traits: Traits) -> None:
+    norm = recipe.training.max_grad_norm
+    if not traits.clipping and norm > 0 and "max_grad_norm" in recipe.written:
+        raise Refused(
+            f"{recipe.method.name} uses each gradient before the norm of all is known, but max_grad_norm is {norm:g}: "
+            f"write max_grad_norm: 0."
+        )
+
+
+def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
+    if traits.clipping or recipe.training.max_grad_norm == 0:
+        return []
+    return [
+        f"{recipe.method.name} uses each gradient before the norm of all is known: gradients are not clipped "
+        f"(max_grad_norm: 0)."
+    ]
 
 
 def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> WorkerPlan:
@@ -300,7 +326,9 @@ def _data_plan(data: DataShape | None) -> DataPlan | None:
     )
 
 
-def _resume_notices(recipe: Recipe) -> list[str]:
+def _resume_notices(recipe: Recipe, traits: Traits) -> list[str]:
+    if not traits.resumable:
+        return [f"The state of {recipe.method.name}'s optimizer cannot be saved, so this run cannot be resumed."]
     if recipe.run.save_only_model:
         return ["save_only_model: true leaves the optimizer out of every checkpoint, so this run cannot be resumed."]
     return []

@@ -33,7 +33,9 @@ class Traits:
     shardings: frozenset[Sharding] = frozenset()
     """Engines other than plain data parallelism that give the right result."""
     accumulation: bool = True
-    """Whether gradients may be accumulated over several micro-batches."""
+    """Whether an update's gradient may come from several backward passes (micro-batches, or chunks of the loss)."""
+    clipping: bool = True
+    """Whether the norm of the whole gradient is known before it is used."""
     resumable: bool = True
     """Whether the optimizer state can be saved."""
     trains_base: bool = True
@@ -74,6 +76,30 @@ class OptimizerSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    seed: int = 0
+    """What a method draws while it trains comes from private generators keyed by this."""
+
+
+class MethodOptimizer(Optimizer):
+    """An optimizer that does more than step: it may narrow what trains, work during the backward pass, or speak.
+
+    It may set `requires_grad` of parameters that `Strategy.attach` made trainable, at the end of `step` and of
+    `load_state_dict`: engines reduce, clip and clear what requires a gradient at the time.
+    """
+
+    steps_in_backward: bool = False
+    """Whether parameters change, and their gradients go, while the backward pass runs; `step` then ends the update."""
+
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of the part of the gradient that the update uses, fp32 scalar; None = of everything that has one.
+
+        Asked once before each `step`; with `steps_in_backward` it is the norm of what has been used up.
+        """
+        return None
+
+    def messages(self) -> list[str]:
+        """What a person asked to be told of the updates since the last call (verbose modes)."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -162,6 +188,7 @@ class Strategy(BaseModel, ABC):
     def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:
         """Say what exists and what may change: add modules, set `requires_grad` on every parameter.
 
+        A parameter that changes in some part of the run only requires a gradient here too; the optimizer narrows it.
         Works on meta tensors too (then no values are computed). Draws from private generators only.
 
         Raises:
@@ -172,8 +199,13 @@ class Strategy(BaseModel, ABC):
         """Tensors of the freshly attached model that later steps need unchanged (PiSSA's A0 and B0)."""
         return {}
 
-    def notices(self, model: nn.Module) -> list[str]:
-        """Sentences that a person should read before the run starts, from the attached (possibly meta) model."""
+    def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
+        """Sentences that a person should read before the run starts.
+
+        Args:
+            model: attached, possibly on meta tensors.
+            updates: how many the run has, where that is known.
+        """
         return []
 
     @abstractmethod

@@ -30,7 +30,7 @@ def bf16_state(value: float) -> RunState:
         "basis": torch.arange(12.0).reshape(3, 4).t(),
         "seen": torch.tensor(100001),
     }
-    return RunState(PlainEngine(model, optimizer, PURE, max_grad_norm=1.0))
+    return RunState(PlainEngine(model, optimizer, PURE, max_grad_norm=1.0), frozenset({"weight"}))
 
 
 def test_optimizer_state_keeps_its_dtypes_and_strides(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from tunefleet.errors import RunFailed
 from tunefleet.training import engines
 from tunefleet.training.engines import PlainEngine
-from tunefleet_strategies.contract import Precision
+from tunefleet_strategies.contract import MethodOptimizer, Precision
 
 HALF = Precision(torch.float16, torch.float32, torch.float16)
 
@@ -101,3 +101,59 @@ def test_a_parameter_that_stops_training_is_left_alone() -> None:
     before = head.detach().clone()
     list(run.steps(first=1))
     assert torch.equal(head, before)
+
+
+class HalfMeasured(MethodOptimizer):
+    """Gradient descent that uses the first entry of the gradient only."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__([weight], {"lr": 1.0})
+        self.weight = weight
+        self.told = ["one"]
+
+    def gradient_norm(self) -> torch.Tensor:
+        assert self.weight.grad is not None
+        return self.weight.grad[0, 0].abs()
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        assert self.weight.grad is not None
+        self.weight.data[0, 0] -= self.weight.grad[0, 0]
+
+    def messages(self) -> list[str]:
+        told, self.told = self.told, []
+        return told
+
+
+class InBackward(MethodOptimizer):
+    """An update that the backward pass has done: nothing is left for the engine but the norm."""
+
+    steps_in_backward = True
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__([weight], {"lr": 1.0})
+        self.ended = 0
+
+    def gradient_norm(self) -> torch.Tensor:
+        return torch.tensor(3.0)
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.ended += 1
+
+
+def test_a_method_says_which_norm_is_clipped_and_speaks() -> None:
+    model = engine([3.0, 4.0]).model
+    plain = PlainEngine(model, HalfMeasured(model.get_parameter("weight")), FP32, max_grad_norm=1.0)
+    applied = plain.update(torch.tensor(1.0), 3, step=1, stop=False)
+    assert applied.grad_norm == 3.0
+    assert weight(plain) == pytest.approx([0.0, 1.0], abs=1e-5)
+    assert plain.messages() == ["one"]
+    assert plain.messages() == []
+
+
+def test_an_update_in_the_backward_pass_is_only_ended() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = InBackward(model.weight)
+    applied = PlainEngine(model, optimizer, FP32, max_grad_norm=0.0).update(torch.tensor(1.0), 3, step=1, stop=False)
+    assert applied.grad_norm == 3.0
+    assert optimizer.ended == 1
+    assert model.weight.grad is None  # the engine has made none

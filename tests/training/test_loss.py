@@ -71,11 +71,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(model: nn.Module, two_stage: bool) -> None:
+def assert_equal(model: nn.Module, two_stage: bool, *, one_backward: bool = False) -> None:
     rows = MemoryRows(count=6)
     batch = collate(rows.rows, pad_token_id=None)
     expected_loss, expected = plain(model, batch, total=101)
-    loss = objective(model, FP32)
+    loss = objective(model, FP32, one_backward=one_backward)
     assert loss.two_stage == two_stage
     model.zero_grad()
     assert loss.backward(batch, 101).item() == pytest.approx(expected_loss, rel=1e-6)
@@ -101,6 +101,17 @@ def test_two_stages_equal_one(method: str, architecture: str) -> None:
     model = METHODS[method].attach(build(ARCHITECTURES[architecture]), AttachContext(FP32))
     choose_layout(model, FP32)
     assert_equal(model, two_stage=True)
+
+
+def test_each_gradient_comes_in_one_piece_where_a_method_asks_for_it() -> None:
+    model = METHODS["full"].attach(build(ARCHITECTURES["llama"]), AttachContext(FP32))
+    choose_layout(model, FP32)
+    arrivals: list[int] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda tensor: arrivals.append(id(tensor)))
+    assert_equal(model, two_stage=False, one_backward=True)
+    ours = arrivals[len(arrivals) // 2 :]  # the first half are those of the plain loss
+    assert len(ours) == len(set(ours)) == len(list(model.parameters()))
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -23,7 +23,7 @@ from transformers import (
 
 from tunefleet.data.batches import Batch, BatchSchedule
 from tunefleet.data.tokens import Row
-from tunefleet.training.checkpoint import RunState
+from tunefleet.training.checkpoint import RunState, trained_names
 from tunefleet.training.determinism import seed_everything
 from tunefleet.training.engines import PlainEngine
 from tunefleet.training.layout import choose_layout
@@ -119,7 +119,7 @@ class Run:
     precision: Precision
 
     def steps(self, first: int = 0, last: int | None = None) -> Iterator[Step]:
-        loss = objective(self.model, self.precision)
+        loss = objective(self.model, self.precision, one_backward=not self.strategy.traits().accumulation)
         for step in train(self.engine, loss, self.feed, self.batches, self.rate, first=first):
             yield step
             if step.step == last:
@@ -127,7 +127,7 @@ class Run:
 
     def moved(self) -> Tensor:
         """p - p_initial of everything that trains, in one vector."""
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        trained = ((name, p) for name, p in self.model.named_parameters() if name in self.state.trained)
         return torch.cat([(p.detach().float() - self.started[name].float()).flatten() for name, p in trained])
 
 
@@ -151,8 +151,11 @@ def start(
     rows = rows or MemoryRows()
     model = strategy.attach(build(ARCHITECTURES[architecture]), AttachContext(precision, seed, initial=initial))
     layout = choose_layout(model, precision)
-    optimizer = strategy.optimizer(model, OptimizerSpec("adamw_torch", learning_rate, eps=epsilon, weight_decay=0.01))
-    plain = PlainEngine(model, optimizer, precision, **({"max_grad_norm": 0.5} | engine))
+    trained = trained_names(model)
+    spec = OptimizerSpec("adamw_torch", learning_rate, eps=epsilon, weight_decay=0.01, seed=seed)
+    optimizer = strategy.optimizer(model, spec)
+    clipped = {"max_grad_norm": 0.5 if strategy.traits().clipping else 0.0}
+    plain = PlainEngine(model, optimizer, precision, **(clipped | engine))
     plain.start()
     kept = initial if initial is not None else strategy.initial_state(model)
     settings = settings or TrainingSettings(lr_scheduler_type="cosine", warmup_steps=1)
@@ -164,7 +167,7 @@ def start(
         feed=CountingFeed(rows, micro_batch, 2 if layout.padded else None),
         batches=BatchSchedule(len(rows.rows), global_batch, updates, seed),
         rate=build_scheduler(optimizer, settings, updates),
-        state=RunState(plain, kept),
+        state=RunState(plain, trained, kept),
         started=started,
         strategy=strategy,
         precision=precision,

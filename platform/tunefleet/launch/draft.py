@@ -30,13 +30,13 @@ def draft(
     context = AttachContext(precision=planned_precision(recipe, cluster))
     model = recipe.method.attach(meta_model(recipe.model), context)
     shape = model_shape(model)
-    notices = recipe.method.notices(model)
     # Whatever the cluster or the method refuses is refused before a long tokenisation.
-    made = make_plan(recipe, shape, None, cluster, str(root), notices)
-    if not with_data:
-        return made
-    prepared = tokenised(recipe, stages)
-    return make_plan(recipe, shape, data_shape(prepared), cluster, str(root), [*notices, *_data_notices(prepared)])
+    made = make_plan(recipe, shape, None, cluster, str(root))
+    if with_data:
+        prepared = tokenised(recipe, stages)
+        made = make_plan(recipe, shape, data_shape(prepared), cluster, str(root), _data_notices(prepared))
+    told = recipe.method.notices(model, made.batch.updates)
+    return made.model_copy(update={"notices": (*made.notices, *told)})
 
 
 def tokenised(recipe: Recipe, stages: Stages | None = None) -> PreparedData:

@@ -51,6 +51,8 @@ class RunState:
     """The live objects that a checkpoint is taken from and put back into."""
 
     engine: Engine
+    trained: frozenset[str]
+    """Names of the parameters that the method may change, at one time of the run or another."""
     initial: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -77,7 +79,7 @@ def save(folder: Path, state: RunState, progress: Progress, *, only_weights: boo
     random = state.engine.gather(capture(state.engine.model))
     if state.engine.rank != 0:
         return
-    _save_tensors(_weights(state.model), folder / "weights.safetensors")
+    _save_tensors(_weights(state), folder / "weights.safetensors")
     _save_tensors(dict(state.initial), folder / "initial.safetensors")
     document = {"progress": asdict(progress), "engine": state.engine.state()}
     (folder / "state.json").write_text(json.dumps(document, indent=1))
@@ -102,7 +104,7 @@ def load(folder: Path, state: RunState) -> Loaded:
     random = _read(folder / "random.safetensors", load_file)
     try:
         progress = Progress(**document["progress"])
-        _put_weights(state.model, weights)
+        _put_weights(state, weights)
         _put_optimizer(state.optimizer, optimizer)
         state.engine.restore(document["engine"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -122,7 +124,7 @@ def load_initial(folder: Path) -> dict[str, Tensor]:
     return _read(folder / "initial.safetensors", load_file)
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
+def load_weights(folder: Path, state: RunState) -> None:
     """Put only the weights of a checkpoint back: what was best, at the end of a run.
 
     Raises:
@@ -130,7 +132,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """
     weights = _read(folder / "weights.safetensors", load_file)
     try:
-        _put_weights(model, weights)
+        _put_weights(state, weights)
     except ValueError as error:
         raise Refused(
             f"The checkpoint {folder} does not belong to this run ({error}): resume from another one."
@@ -151,9 +153,14 @@ def fingerprints(state: RunState) -> dict[str, str]:
     }
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return trained | {f"buffer:{name}": b.detach() for name, b in model.named_buffers()}
+def trained_names(model: nn.Module) -> frozenset[str]:
+    """What `RunState.trained` is of a model that a strategy has just been attached to."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _weights(state: RunState) -> dict[str, Tensor]:
+    trained = {name: p.detach() for name, p in state.model.named_parameters() if name in state.trained}
+    return trained | {f"buffer:{name}": b.detach() for name, b in state.model.named_buffers()}
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -184,8 +191,8 @@ def _first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def _put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    expected = _weights(model)
+def _put_weights(state: RunState, weights: Mapping[str, Tensor]) -> None:
+    expected = _weights(state)
     if expected.keys() != weights.keys():
         odd = sorted(expected.keys() ^ weights.keys())
         raise ValueError(f"{len(odd)} tensors are not in both, the first is {odd[0]}")

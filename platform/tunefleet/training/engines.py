@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunefleet.errors import RunFailed
-from tunefleet_strategies.contract import Precision
+from tunefleet_strategies.contract import MethodOptimizer, Precision
 
 _BUCKET_ENTRIES = 2**26
 """Entries of the flat fp32 gradient that travel in one all-reduce: 256 MiB. Most adapters fit in a single one."""
@@ -66,6 +66,9 @@ class Engine(Protocol):
         Raises:
             RunFailed: the global gradient is not finite (on all ranks alike).
         """
+
+    def messages(self) -> list[str]:
+        """What the optimizer has to say of the last update."""
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of a small fp64 tensor over the ranks. Collective."""
@@ -119,7 +122,10 @@ class PlainEngine:
         return 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device)).item()
 
     def update(self, loss_sum: Tensor, targets: int, *, step: int, stop: bool) -> Applied:
+        method = self.optimizer if isinstance(self.optimizer, MethodOptimizer) else None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if method is not None and method.steps_in_backward:
+            parameters = []  # their gradients are used up, and were only this rank's
         for parameter in parameters:
             if parameter.grad is None:  # the same on all ranks and at every world size: untouched means zero
                 parameter.grad = torch.zeros_like(parameter)
@@ -128,7 +134,9 @@ class PlainEngine:
             knowledge = self._reduce(parameters, knowledge)
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        norm = _global_norm([p.grad for p in parameters if p.grad is not None])
+        norm = None if method is None else method.gradient_norm()
+        if norm is None:
+            norm = _global_norm([p.grad for p in parameters if p.grad is not None])
         loss, wants_stop, grad_norm = torch.cat([knowledge, norm[None]]).tolist()
         updated = self._apply(parameters, grad_norm, targets, step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -167,6 +175,9 @@ class PlainEngine:
             for parameter, piece in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
                 parameter.grad = piece.view_as(parameter).to(parameter.dtype)
         return knowledge
+
+    def messages(self) -> list[str]:
+        return self.optimizer.messages() if isinstance(self.optimizer, MethodOptimizer) else []
 
     def total(self, values: Tensor) -> Tensor:
         values = values.to(self._device)

@@ -157,16 +157,17 @@ class Objective:
         return logits, output
 
 
-def objective(model: nn.Module, precision: Precision) -> Objective:
+def objective(model: nn.Module, precision: Precision, *, one_backward: bool = False) -> Objective:
     """The loss of `model`: two-stage where head(decoder(x)) is the model's own logits, else through its forward.
 
-    Models that cap or scale their logits after the head (Gemma 2, Cohere, Granite) take the second way.
+    Models that cap or scale their logits after the head (Gemma 2, Cohere, Granite) take the second way, and so does
+    everything with `one_backward`: each gradient is then whole when the backward pass has reached its parameter.
     """
     base = causal_lm(model)
     coefficient = 0.0
     if getattr(base.config, "output_router_logits", False):
         coefficient = float(base.config.router_aux_loss_coef)
-    two_stage = coefficient == 0.0 and _head_is_all(base, precision)
+    two_stage = not one_backward and coefficient == 0.0 and _head_is_all(base, precision)
     return Objective(model, precision, two_stage, coefficient)
 
 

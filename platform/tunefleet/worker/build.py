@@ -15,7 +15,7 @@ from tunefleet.errors import RunFailed
 from tunefleet.models import expert_share, load_model, load_tokenizer, model_shape
 from tunefleet.plan import Plan, batch_schedule
 from tunefleet.training.activations import checkpoint_activations
-from tunefleet.training.checkpoint import Progress, RunState, load
+from tunefleet.training.checkpoint import Progress, RunState, load, trained_names
 from tunefleet.training.determinism import seed_everything
 from tunefleet.training.engines import Engine, PlainEngine
 from tunefleet.training.flops import peak_flops, token_flops
@@ -112,10 +112,12 @@ def build(plan: Plan, seat: Seat, data: OpenedData, start: Start) -> Trainee:
     """
     recipe, precision = plan.recipe, plan.precision.resolved()
     initial = seat.together(start.initial)
-    engine = seat.together(lambda: _build_engine(plan, seat, precision, initial))
+    model = seat.together(lambda: _attached(plan, seat, precision, initial))
+    trained = trained_names(model)  # before there is an optimizer, which may narrow what requires a gradient
+    engine = seat.together(lambda: _engine(plan, model, precision))
     engine.start()
-    state = RunState(engine, recipe.method.initial_state(engine.model) if initial is None else initial)
-    layout = choose_layout(engine.model, precision, plain_attention=recipe.model.flash_attn == "disabled")
+    state = RunState(engine, trained, recipe.method.initial_state(model) if initial is None else initial)
+    layout = choose_layout(model, precision, plain_attention=recipe.model.flash_attn == "disabled")
     # After this line everything random is drawn from the run's own streams, one for each rank.
     seed_everything(recipe.training.seed, seat.rank)
     batches = batch_schedule(plan)
@@ -131,26 +133,32 @@ def build(plan: Plan, seat: Seat, data: OpenedData, start: Start) -> Trainee:
     return Trainee(
         plan=plan,
         state=state,
-        objective=objective(engine.model, precision),
+        objective=objective(model, precision, one_backward=not recipe.method.traits().accumulation),
         batches=batches,
         rate=rate,
         layout=layout,
         feed=Feed(data.train, training.per_device_train_batch_size, pad_token_id, training.dataloader_num_workers),
         evaluation=None if held_out is None else Feed(held_out, training.per_device_eval_batch_size, pad_token_id),
-        gauge=_gauge(engine.model, precision, seat),
+        gauge=_gauge(model, precision, seat),
         progress=progress,
         notices=notices,
     )
 
 
-def _build_engine(plan: Plan, seat: Seat, precision: Precision, initial: Mapping[str, Tensor] | None) -> PlainEngine:
+def _attached(plan: Plan, seat: Seat, precision: Precision, initial: Mapping[str, Tensor] | None) -> nn.Module:
     recipe = plan.recipe
     context = AttachContext(precision, recipe.training.seed, is_source=seat.leads, initial=initial)
     model = recipe.method.attach(load_model(recipe.model, device=seat.device), context)
     if recipe.training.checkpoints_activations:
         checkpoint_activations(model)
-    optimizer = recipe.method.optimizer(model, optimizer_spec(recipe.training))
-    return PlainEngine(model, optimizer, precision, max_grad_norm=recipe.training.max_grad_norm)
+    return model
+
+
+def _engine(plan: Plan, model: nn.Module, precision: Precision) -> PlainEngine:
+    method, training = plan.recipe.method, plan.recipe.training
+    optimizer = method.optimizer(model, optimizer_spec(training))
+    clips = method.traits().clipping
+    return PlainEngine(model, optimizer, precision, max_grad_norm=training.max_grad_norm if clips else 0.0)
 
 
 def optimizer_spec(settings: TrainingSettings) -> OptimizerSpec:
@@ -161,6 +169,7 @@ def optimizer_spec(settings: TrainingSettings) -> OptimizerSpec:
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
+        seed=settings.seed,
     )
 
 

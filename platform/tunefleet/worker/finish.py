@@ -40,7 +40,7 @@ def _load_best(job: Job, trainee: Trainee, step: int) -> None:
     checkpoint = job.folder.checkpoints.child(step_name(step))
     with tempfile.TemporaryDirectory(prefix="tunefleet-") as folder:
         checkpoint.download(Path(folder))
-        load_weights(Path(folder), trainee.model)
+        load_weights(Path(folder), trainee.state)
 
 
 def _write_model(job: Job, trainee: Trainee, data: OpenedData) -> None:

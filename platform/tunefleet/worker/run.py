@@ -57,6 +57,7 @@ def train(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) -> bool:
         reporter.evaluated(0.0, trainee.evaluate())
     for step in trainee.steps(reporter.should_stop):
         reporter.stepped(step)
+        reporter.notice(*trainee.engine.messages())
         if is_due(step.step, cadence.evaluation) or (step.step == last and cadence.evaluates_at_end):
             reporter.evaluated(step.epoch, trainee.evaluate())
         if is_due(step.step, cadence.saving) or (step.step == last and cadence.saving) or step.stopped:

@@ -19,11 +19,10 @@ def save_checkpoint(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) 
     Raises:
         Exception: what the file system raised, on every rank.
     """
-    run = job.plan.recipe.run
     target = job.folder.checkpoints.child(step_name(reporter.step))
     with tempfile.TemporaryDirectory(prefix="tunefleet-", dir=_scratch(job)) as folder:
         progress = Progress(reporter.step, reporter.state())
-        save(Path(folder), trainee.state, progress, only_weights=run.save_only_model)
+        save(Path(folder), trainee.state, progress, only_weights=not job.plan.resumable)
         seat.together(lambda: _store(Path(folder), target, job, reporter) if seat.leads else None)
     reporter.saved(target)
 
