@@ -211,7 +211,7 @@ def test_a_plan_for_people_shows_names_and_notices_as_they_are(
     rows = work / "rows [bold].jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in (good, good | {"output": 3})))
     answer = command("plan", recipe, f"dataset='{rows.name}'", "output_dir='out[lora]'")
-    assert (answer.code, answer.err) == (0, "")
+    assert (answer.code, answer.err) == (0, "read training: 1 done\ntokenise training: 1 done\nwrite train: 1 done\n")
     assert " out[lora] " in answer.out
     assert "note 1 row is not used (rows [bold].jsonl row 2: " in answer.out
     assert "plan of out-lora" in answer.out
@@ -248,6 +248,7 @@ def test_rows_as_json_say_what_is_learned(command: Command, recipe: Path, quicks
 
 
 def test_rows_for_people_come_with_the_sizes_of_the_splits(command: Command, recipe: Path) -> None:
+    command("data", recipe)
     answer = command("data", recipe, "--rows", "1")
     assert (answer.code, answer.err) == (0, "")
     assert "training" in answer.out
