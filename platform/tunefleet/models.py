@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
-from tunefleet_strategies.contract import ModelShape, ParameterShape
+from tunefleet_strategies.contract import ModelShape, ParameterShape, StrategyError
+from tunefleet_strategies.parts import Anatomy
+from tunefleet_strategies.targets import anatomy
 
 _T = TypeVar("_T")
 
@@ -100,7 +102,15 @@ def model_shape(model: nn.Module) -> ModelShape:
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         parameters=parameters,
+        anatomy=_anatomy(model) if base is model else None,
     )
+
+
+def _anatomy(model: nn.Module) -> Anatomy | None:
+    try:
+        return anatomy(model)
+    except StrategyError:  # no list of layers; methods that need one have refused the model in `attach`
+        return None
 
 
 def expert_share(model: nn.Module) -> float:

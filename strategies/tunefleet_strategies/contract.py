@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tunefleet_strategies.parts import Anatomy
+
 Sharding = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
 
 
@@ -127,6 +129,8 @@ class ModelShape:
     hidden_size: int
     layers: int
     parameters: tuple[ParameterShape, ...] = field(repr=False)
+    anatomy: Anatomy | None = field(default=None, repr=False)
+    """None where adapters stand around the modules, or where layers cannot be told apart."""
 
     @property
     def total(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -70,3 +70,6 @@ Names = Annotated[tuple[str, ...], BeforeValidator(read_names), _NAMES_SCHEMA]
 OptionalNames = Annotated[tuple[str, ...] | None, BeforeValidator(read_names), _OPTIONAL_NAMES_SCHEMA]
 OptionalNumbers = Annotated[tuple[int, ...] | None, BeforeValidator(read_list), _OPTIONAL_NUMBERS_SCHEMA]
 """A comma string or a YAML list of whole numbers."""
+
+OptimizerBackend = Literal["native", "upstream"]
+"""Whose optimizer runs: ours, or the class of the package that the method's authors published."""

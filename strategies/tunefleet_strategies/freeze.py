@@ -39,7 +39,8 @@ from tunefleet_strategies.contract import (
 from tunefleet_strategies.fields import ALL, Names, OptionalNames, OptionalNumbers
 from tunefleet_strategies.footprints import adam_footprint
 from tunefleet_strategies.optim.build import optimizer_over
-from tunefleet_strategies.targets import Anatomy, anatomy, outside_modules, unknown_target
+from tunefleet_strategies.parts import Anatomy
+from tunefleet_strategies.targets import anatomy, outside_modules, unknown_target
 from tunefleet_strategies.weights import hold, low_precision_notices, save_whole_model
 
 

@@ -10,8 +10,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 
 from tunefleet_strategies.adapters import adapter_config, adapter_layers, base_modules, tuner_modules
 from tunefleet_strategies.fields import ALL
+from tunefleet_strategies.parts import Anatomy
 from tunefleet_strategies.placement import takes_fused
-from tunefleet_strategies.targets import Anatomy, anatomy, lora_targets, matching
+from tunefleet_strategies.targets import anatomy, lora_targets, matching
 from tunefleet_strategies.weights import low_precision_notices
 
 if TYPE_CHECKING:

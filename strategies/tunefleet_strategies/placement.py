@@ -11,8 +11,8 @@ from torch import nn
 
 from tunefleet_strategies.contract import StrategyError
 from tunefleet_strategies.fields import ALL
+from tunefleet_strategies.parts import Anatomy
 from tunefleet_strategies.targets import (
-    Anatomy,
     LoraTargets,
     anatomy,
     is_linear,
