@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import threading
@@ -16,12 +15,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.result import Result
 
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.artifacts.metrics import METRICS
-from tunefleet.artifacts.report import loss_plot
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
 from tunefleet.launch.draft import draft
+from tunefleet.launch.home import bring_home, refuse_foreign_output
 from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
@@ -69,7 +67,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         storage = place(plan.place.storage_path, base=root)
         folder = RunFolder(storage.child(plan.place.run_name))
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
-        _refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
+        refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
         stack.enter_context(claimed(folder))
         notices = open_run(plan, folder)
         for text in (*plan.notices, *notices):
@@ -80,7 +78,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         stack.enter_context(display)
         summary = _fit(plan, storage, folder, display, wish)
         if not summary["stopped"]:
-            _bring_home(folder, output_dir, recipe.run.plot_loss)
+            bring_home(folder, output_dir, recipe.run.plot_loss)
         return Outcome(plan, folder.root, output_dir, summary, wish.exit_code if summary["stopped"] else 0)
 
 
@@ -150,25 +148,3 @@ class _Fit(threading.Thread):
         if failure is not None:
             raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from self._error
         raise RunFailed(f"The run failed before its first step: {self._error}") from self._error
-
-
-def _refuse_foreign_output(output_dir: Path, folder: RunFolder, overwrite: bool) -> None:
-    """Leave files alone that this run has not written."""
-    if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return
-    marker = output_dir / "run.json"
-    if not marker.is_file() or json.loads(marker.read_text())["run"] != folder.root.uri:
-        raise Refused(
-            f"output_dir {output_dir} holds files of something else: choose another output_dir, or write "
-            f"overwrite_output_dir: true to write over them."
-        )
-
-
-def _bring_home(folder: RunFolder, output_dir: Path, plot: bool) -> None:
-    """Copy model and record to the driver's disk and draw the loss."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    folder.model.download(output_dir)
-    folder.record.download(output_dir)
-    (output_dir / "run.json").write_text(json.dumps({"run": folder.root.uri}))
-    if plot:
-        loss_plot(output_dir / METRICS, output_dir / "loss.png")

@@ -1,0 +1,50 @@
+"""`output_dir`: the driver's own copy of what a run leaves, and whose files it may write over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.artifacts.metrics import METRICS
+from tunefleet.artifacts.report import loss_plot
+from tunefleet.errors import Refused
+
+_MARKER = "run.json"
+"""The file of an output folder that names the run which wrote it."""
+
+
+def refuse_foreign_output(output_dir: Path, folder: RunFolder, overwrite: bool) -> None:
+    """Leave files alone that this run has not written.
+
+    Raises:
+        Refused: the folder is none, or holds files of something else.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise Refused(f"output_dir {output_dir} is a file: choose another output_dir.")
+    if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    if _writer(output_dir) != folder.root.uri:
+        raise Refused(
+            f"output_dir {output_dir} holds files of something else: choose another output_dir, or write "
+            f"overwrite_output_dir: true to write over them."
+        )
+
+
+def _writer(output_dir: Path) -> str | None:
+    """The run that wrote the files of a folder; None where that cannot be told."""
+    try:
+        marker = json.loads((output_dir / _MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    return marker.get("run") if isinstance(marker, dict) else None
+
+
+def bring_home(folder: RunFolder, output_dir: Path, plot: bool) -> None:
+    """Copy model and record to the driver's disk and draw the loss."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    folder.model.download(output_dir)
+    folder.record.download(output_dir)
+    (output_dir / _MARKER).write_text(json.dumps({"run": folder.root.uri}))
+    if plot:
+        loss_plot(output_dir / METRICS, output_dir / "loss.png")
