@@ -40,7 +40,9 @@ def in_a_log(*events: Event, width: int = 40) -> list[str]:
     with LineDisplay(Console(file=file, width=width)) as display:
         for event in events:
             display.show(event)
-    return file.getvalue().splitlines()
+    first, *lines = file.getvalue().splitlines()
+    assert first == "starting the workers"
+    return lines
 
 
 def on_a_terminal(events: Sequence[Event], width: int = 120) -> list[str]:
@@ -122,7 +124,7 @@ def test_a_terminal_has_a_bar_for_each_stage() -> None:
 
 
 def test_before_the_workers_stand_ready_a_terminal_says_so() -> None:
-    assert on_a_terminal([])[-1].startswith("starting Ray")
+    assert on_a_terminal([])[-1].startswith("starting the workers")
 
 
 @pytest.mark.parametrize(("workers", "shown"), [(1, "training (1 worker)"), (2, "training (2 workers)")])

@@ -23,6 +23,9 @@ from tunefleet.launch.draft import Stages
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 
 
+_STARTING = "starting the workers"
+
+
 class Display(Protocol):
     """Shows events as they come."""
 
@@ -71,7 +74,7 @@ class LiveDisplay:
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task("starting Ray", total=None, figures="")
+        self._task = self._progress.add_task(_STARTING, total=None, figures="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -125,6 +128,7 @@ class LineDisplay:
         self._updates = 0
 
     def __enter__(self) -> Self:
+        self._print(_STARTING)
         return self
 
     def __exit__(

@@ -72,10 +72,10 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         notices = open_run(plan, folder)
         for text in (*plan.notices, *notices):
             display.note(text)
+        stack.enter_context(display)
         if not joins:
             stack.enter_context(ray_session(recipe.ray))
         wish = stack.enter_context(stop_wishes())
-        stack.enter_context(display)
         summary = _fit(plan, storage, folder, display, wish)
         if not summary["stopped"]:
             bring_home(folder, output_dir, recipe.run.plot_loss)
