@@ -22,7 +22,6 @@ from rich.progress import (
 from tunefleet.launch.draft import Stages
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 
-
 _STARTING = "starting the workers"
 
 
