@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -359,6 +360,18 @@ def test_a_run_is_claimed_once_and_free_again_afterwards(folder: RunFolder) -> N
         lock = FileLock(Path(folder.root.path) / ".lock")
         with pytest.raises(TimeoutError):
             lock.acquire(timeout=0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_checkpoints_in_the_making_are_swept_up(folder: RunFolder, fails: bool) -> None:
+    scratch = Path(folder.root.uri) / "scratch"
+    (scratch / "killed").mkdir(parents=True)
+    with suppress(ValueError), claimed(folder):
+        assert not scratch.exists()
+        (scratch / "killed again").mkdir(parents=True)
+        if fails:
+            raise ValueError("odd")
+    assert not scratch.exists()
 
 
 def test_a_claim_ends_with_an_error_in_its_block(folder: RunFolder) -> None:

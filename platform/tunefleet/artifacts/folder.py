@@ -3,6 +3,7 @@
 <ray_storage_path>/<ray_run_name>/checkpoints   step_00000010, ... each complete or absent
                                   /model        what a user keeps, written when the run ends
                                   /record       plan, metrics, attempts, failures, result
+                                  /scratch      checkpoints in the making, gone when no command runs
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class RunFolder:
     @property
     def record(self) -> Place:
         return self.root.child("record")
+
+    @property
+    def scratch(self) -> Place:
+        return self.root.child("scratch")
 
     def finished(self) -> bool:
         """Whether the run went to its end: its result is the last thing that is written."""

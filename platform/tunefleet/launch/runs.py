@@ -24,7 +24,7 @@ _RAY_NOTES = "checkpoint_manager_snapshot.json"
 
 @contextmanager
 def claimed(folder: RunFolder) -> Iterator[None]:
-    """Hold a run against a second driver on the same machine.
+    """Hold a run against a second driver on the same machine; sweep up what killed workers left half written.
 
     Raises:
         Refused: another process is running it.
@@ -42,8 +42,10 @@ def claimed(folder: RunFolder) -> Iterator[None]:
             f"The run {local.name} is being run by another process: wait for it, or choose another ray_run_name."
         ) from error
     try:
+        folder.scratch.delete()
         yield
     finally:
+        folder.scratch.delete()
         lock.release()
 
 

@@ -29,10 +29,9 @@ def save_checkpoint(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) 
 
 def _scratch(job: Job) -> Path | None:
     """A folder on the disk that the checkpoint goes to, where that is one of this machine's."""
-    local = job.folder.root.local_path
-    if local is None:
+    scratch = job.folder.scratch.local_path
+    if scratch is None:
         return None
-    scratch = local / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     return scratch
 
