@@ -19,7 +19,7 @@ from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
 from tunefleet.shapes import ClusterShape, DataShape
 from tunefleet.training.precision import resolve
-from tunefleet_strategies.contract import ModelShape, Precision, Traits
+from tunefleet_strategies.contract import ModelShape, Precision, Strategy, Traits
 
 
 class WorkerPlan(Settings):
@@ -150,6 +150,10 @@ def make_plan(
             f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
         )
     _refuse_clipping(recipe, traits)
+    if traits.adamw_only and not recipe.training.optim.startswith("adamw"):
+        raise Refused(
+            f"{recipe.method.name} is a form of AdamW, but optim is {recipe.training.optim}: write optim: adamw_torch."
+        )
     precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
     batch = _batch_plan(recipe, workers.count, data)
     footprint = recipe.method.footprint(model, precision)
@@ -230,6 +234,20 @@ def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
     ]
 
 
+def limited(method: Strategy) -> str:
+    """A method, and the line of the recipe that limits where it runs."""
+    line = method.traits().limited_by
+    return method.name if line is None else f"{method.name} with {line}"
+
+
+def _fewer_workers(recipe: Recipe, traits: Traits, most: int, count: int) -> str:
+    """The nearest recipe on `most` workers instead of `count`: the same global batch."""
+    key = "gradient_accumulation_steps" if traits.accumulation else "per_device_train_batch_size"
+    training = recipe.training
+    now = training.gradient_accumulation_steps if traits.accumulation else training.per_device_train_batch_size
+    return f"ray_num_workers: {most} and {key}: {math.ceil(now * count / most)} to keep the global batch"
+
+
 def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> WorkerPlan:
     count = recipe.ray.ray_num_workers
     if not isinstance(count, int):
@@ -240,9 +258,8 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
         )
     if traits.max_workers is not None and count > traits.max_workers:
         raise Refused(
-            f"{recipe.method.name} runs on at most {traits.max_workers} worker(s), but ray_num_workers is {count}: "
-            f"write ray_num_workers: {traits.max_workers} (and multiply gradient_accumulation_steps by {count} to "
-            f"keep the global batch)."
+            f"{limited(recipe.method)} runs on at most {traits.max_workers} worker(s), but ray_num_workers is "
+            f"{count}: write {_fewer_workers(recipe, traits, traits.max_workers, count)}."
         )
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
     if not any(amount > 0 for amount in request.values()):

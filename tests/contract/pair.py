@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.contract.variants import COMPARED, VARIANTS
+from tests.contract.variants import SHARED, VARIANTS
 from tests.training.tiny import MemoryRows, start
 
 from tunefleet.training.determinism import pin
@@ -48,7 +48,7 @@ def train_cell(variant: str, architecture: str, global_batch: int = GLOBAL_BATCH
 def main(rank: int, rendezvous: str, output: str) -> None:
     pin(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    results = {cell: train_cell(*cell) for cell in COMPARED}
+    results = {cell: train_cell(*cell) for cell in SHARED}
     results["full", ONE_ROW] = train_cell("full", "gpt2", global_batch=1)
     torch.save(results, output)
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.pair import ONE_ROW, train_cell
-from tests.contract.variants import COMPARED
+from tests.contract.variants import SHARED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str],
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(("variant", "architecture"), COMPARED)
+@pytest.mark.parametrize(("variant", "architecture"), SHARED)
 def test_one_worker_equals_two(pair: list[dict[tuple[str, str], Any]], variant: str, architecture: str) -> None:
     one = train_cell(variant, architecture)
     first, second = (rank[variant, architecture] for rank in pair)
