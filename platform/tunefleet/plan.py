@@ -240,6 +240,11 @@ def limited(method: Strategy) -> str:
     return method.name if line is None else f"{method.name} with {line}"
 
 
+def workers_in_words(most: int) -> str:
+    """The most workers that a method runs on."""
+    return "one worker" if most == 1 else f"at most {most} workers"
+
+
 def _fewer_workers(recipe: Recipe, traits: Traits, most: int, count: int) -> str:
     """The nearest recipe on `most` workers instead of `count`: the same global batch."""
     key = "gradient_accumulation_steps" if traits.accumulation else "per_device_train_batch_size"
@@ -252,13 +257,14 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
     count = recipe.ray.ray_num_workers
     if not isinstance(count, int):
         low, high = count
+        nearest = high if traits.max_workers is None else min(high, traits.max_workers)
         raise Refused(
             f"ray_num_workers: [{low}, {high}] asks for elastic workers, which are not built yet: write "
-            f"ray_num_workers: {high}."
+            f"ray_num_workers: {nearest}."
         )
     if traits.max_workers is not None and count > traits.max_workers:
         raise Refused(
-            f"{limited(recipe.method)} runs on at most {traits.max_workers} worker(s), but ray_num_workers is "
+            f"{limited(recipe.method)} runs on {workers_in_words(traits.max_workers)}, but ray_num_workers is "
             f"{count}: write {_fewer_workers(recipe, traits, traits.max_workers, count)}."
         )
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
@@ -386,7 +392,8 @@ def mathematics(plan: Plan) -> dict[str, JsonValue]:
     recipe = plan.recipe
     flat = recipe.flat()
     run_keys = set(type(recipe.run).model_fields) | set(type(recipe.ray).model_fields)
-    kept = {key: value for key, value in flat.items() if key not in run_keys and key not in _FREE_KEYS}
+    free = run_keys | _FREE_KEYS | recipe.method.free
+    kept = {key: value for key, value in flat.items() if key not in free}
     kept["ray_num_workers"] = flat["ray_num_workers"]
     kept["precision"] = plan.precision.model_dump()
     kept["training rows"] = plan.data.train_sha256 if plan.data else None

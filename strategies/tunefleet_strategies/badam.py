@@ -72,6 +72,7 @@ class BAdam(Strategy):
     name: ClassVar[str] = "badam"
     summary: ClassVar[str] = "one block of layers trains at a time, or a share of all entries"
     selector: ClassVar[Mapping[str, object]] = {"finetuning_type": "full", "use_badam": True}
+    free: ClassVar[frozenset[str]] = frozenset({"badam_verbose"})
 
     badam_mode: Literal["layer", "ratio"] = Field(
         default="layer", description="What trains at a time: one block of layers, or a share of the entries of all."

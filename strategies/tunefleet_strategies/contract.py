@@ -187,6 +187,8 @@ class Strategy(BaseModel, ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     selector: ClassVar[Mapping[str, object]]
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that change no number that is trained, so that an interrupted run may go on with others."""
 
     @abstractmethod
     def traits(self) -> Traits:

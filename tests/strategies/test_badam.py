@@ -74,12 +74,12 @@ def test_by_default_only_layers_are_blocks(architecture: str, build: Call, attac
 
 def test_the_head_of_tied_embeddings_cannot_train_alone(build: Call, attach: Call) -> None:
     for model in (build("qwen2_tied"), build("qwen2_tied", meta=True)):
-        with pytest.raises(StrategyError, match="badam_include_lm_head.*write badam_include_embedding: true"):
+        with pytest.raises(StrategyError, match=r"badam_include_lm_head.*write badam_include_embedding: true"):
             attach(BAdam(badam_include_lm_head=True), model)
 
 
 def test_a_start_block_that_is_none_is_refused(build: Call, attach: Call) -> None:
-    with pytest.raises(StrategyError, match="badam_start_block: 3 is no block.*0 to 2"):
+    with pytest.raises(StrategyError, match=r"badam_start_block: 3 is no block.*0 to 2"):
         attach(BAdam(badam_start_block=3), build("llama"))
     attach(BAdam(badam_start_block=4, **BOTH_ENDS), build("llama"))
 
@@ -113,7 +113,7 @@ def test_it_is_a_form_of_adamw(build: Call, attach: Call) -> None:
 
 def test_traits_by_mode() -> None:
     layer, ratio = BAdam().traits(), BAdam(badam_mode="ratio").traits()
-    assert (layer.max_workers, layer.shardings, layer.resumable) == (None, {"zero3"}, True)
+    assert (layer.max_workers, layer.shardings, layer.resumable) == (None, frozenset({"zero3"}), True)
     assert (ratio.max_workers, ratio.shardings, ratio.resumable) == (1, frozenset(), True)
     assert ratio.limited_by == "badam_mode: ratio"
     for mode, accumulates in (("layer", True), ("ratio", False)):
@@ -167,7 +167,7 @@ def test_the_footprint_is_what_lives(
         if number % 2 == 0:
             tensors = [tensor for one in optimizer.state.values() for tensor in one.values()]
             if isinstance(optimizer, RatioAdamW):
-                places = [optimizer.window(p).index for p in optimizer.state]
+                places = [optimizer.window(p).index for p in model.parameters() if p.requires_grad]
                 tensors += [index for index in places if index is not None]
             state.append(live_bytes(tensors))
         optimizer.zero_grad()

@@ -43,16 +43,18 @@ class _Upstream(MethodOptimizer):
 
     def __init__(self, inner: Optimizer) -> None:
         super().__init__(inner.param_groups, inner.defaults)
-        self.inner = inner
+        self.inner: Any = inner  # the package is untyped
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of the published optimizer."""
-        return self.inner.step() if closure is None else self.inner.step(closure)
+        loss: float | None = self.inner.step() if closure is None else self.inner.step(closure)
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """What the published optimizer says of itself; not enough to go on from."""
-        return self.inner.state_dict()
+        state: dict[str, Any] = self.inner.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refused: blocks and windows would not fit the moments.

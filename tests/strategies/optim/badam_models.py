@@ -31,7 +31,9 @@ def llama(layers: int = 3, hidden: int = 32, dtype: torch.dtype = torch.float32,
                 **config,
             )
         )
-    return model.to(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def batches(count: int) -> Iterator[Tensor]:

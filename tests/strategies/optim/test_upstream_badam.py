@@ -12,7 +12,8 @@ import torch
 from badam import BlockOptimizer, BlockOptimizerRatio
 
 from tunefleet_strategies.badam import BAdam
-from tunefleet_strategies.contract import MethodOptimizer, OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.optim.upstream_badam import UpstreamBlock, UpstreamRatio
 
 Call = Callable[..., Any]
 
@@ -39,7 +40,9 @@ def upstream(**keys: Any) -> BAdam:
 def test_layer_mode_learns(keys: dict[str, Any], architecture: str, build: Call, attach: Call, train: Call) -> None:
     strategy = upstream(**keys)
     model = attach(strategy, build(architecture))
-    assert isinstance(strategy.optimizer(model, SPEC).inner, BlockOptimizer)
+    optimizer = strategy.optimizer(model, SPEC)
+    assert isinstance(optimizer, UpstreamBlock)
+    assert isinstance(optimizer.inner, BlockOptimizer)
     model = attach(strategy, build(architecture))
     losses = train(strategy, model, steps=6)
     assert losses[-1] < losses[0]
@@ -63,7 +66,7 @@ def test_ratio_mode_learns_and_its_norm_is_that_of_what_it_uses(
     strategy = upstream(badam_mode="ratio", badam_update_ratio=0.5)
     model = attach(strategy, build("llama"))
     optimizer = strategy.optimizer(model, SPEC)
-    assert isinstance(optimizer, MethodOptimizer)
+    assert isinstance(optimizer, UpstreamRatio)
     assert isinstance(optimizer.inner, BlockOptimizerRatio)
     losses = []
     for _ in range(6):
@@ -104,6 +107,7 @@ def test_bytes_of_layer_mode(
     optimizer = strategy.optimizer(model, SPEC)
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
+    assert isinstance(optimizer, UpstreamBlock)
     base = optimizer.inner.base_optimizer
     kept = [tensor for state in base.state.values() for tensor in state.values()]
     kept += list(optimizer.inner.param_idx2hp.values())
