@@ -27,6 +27,7 @@ from tunefleet_strategies.contract import (
     Strategy,
     Traits,
 )
+from tunefleet_strategies.parts import Anatomy
 
 BASE: dict[str, object] = {
     "model_name_or_path": "base",
@@ -40,6 +41,22 @@ SHAPE = ModelShape(
     hidden_size=4,
     layers=1,
     parameters=(ParameterShape("embed", (10, 4), True), ParameterShape("head", (4, 10), False)),
+)
+DECODER = ModelShape(
+    architecture="TwoLayers",
+    vocab_size=10,
+    hidden_size=4,
+    layers=2,
+    parameters=tuple(ParameterShape(f"layers.{layer}.up.weight", (8, 4), True) for layer in (0, 1)),
+    anatomy=Anatomy(
+        layers=("layers.0", "layers.1"),
+        linears=("layers.0.up", "layers.1.up"),
+        fused=(),
+        outside=(),
+        embeddings=(),
+        heads=(),
+        tied=None,
+    ),
 )
 PLAIN, WITH_BF16 = Hardware("cpu", bf16=False), Hardware("cpu", bf16=True)
 GPU = Hardware("cuda", bf16=True)
@@ -234,7 +251,34 @@ def test_the_mend_of_a_refusal_runs() -> None:
 def test_a_method_for_few_workers_is_refused_more() -> None:
     sentence = refusal(picky(ray_num_workers=2))
     assert "picky" in sentence
-    assert "write ray_num_workers: 1 (and multiply gradient_accumulation_steps by 2" in sentence
+    assert "write ray_num_workers: 1 and per_device_train_batch_size: 16 to keep the global batch" in sentence
+
+
+def test_ratio_mode_runs_on_one_worker_and_says_what_would_run() -> None:
+    keys: dict[str, Any] = {"finetuning_type": "full", "use_badam": True, "badam_mode": "ratio"}
+    keys |= {"gradient_accumulation_steps": 3, "lora_rank": None}
+    sentence = refusal(recipe(**keys, ray_num_workers=2))
+    assert sentence == (
+        "badam with badam_mode: ratio runs on one worker, but ray_num_workers is 2: "
+        "write ray_num_workers: 1 and gradient_accumulation_steps: 6 to keep the global batch."
+    )
+    assert refusal(recipe(**keys, ray_num_workers=[1, 2])).endswith("write ray_num_workers: 1.")
+    mended = recipe(**keys | {"gradient_accumulation_steps": 6})
+    assert make_plan(mended, DECODER, data(), LAPTOP, "/work").workers.count == 1
+    layer = recipe(**keys | {"badam_mode": "layer"}, ray_num_workers=2)
+    assert make_plan(layer, DECODER, data(), LAPTOP, "/work").workers.count == 2
+
+
+def test_a_form_of_adamw_refuses_another_optimizer() -> None:
+    sentence = refusal(recipe(finetuning_type="full", use_badam=True, optim="sgd"))
+    assert sentence == "badam is a form of AdamW, but optim is sgd: write optim: adamw_torch."
+    assert planned(finetuning_type="full", optim="sgd").model.optimizer_bytes == 0
+
+
+def test_what_only_changes_what_is_said_may_change_in_a_continued_run() -> None:
+    one, other = (recipe(finetuning_type="full", use_badam=True, badam_verbose=level) for level in (0, 2))
+    first, second = (mathematics(make_plan(each, DECODER, data(), LAPTOP, "/work")) for each in (one, other))
+    assert differences(first, second) == []
 
 
 def test_a_method_without_accumulation_is_refused_it() -> None:

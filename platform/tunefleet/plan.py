@@ -19,7 +19,7 @@ from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
 from tunefleet.shapes import ClusterShape, DataShape
 from tunefleet.training.precision import resolve
-from tunefleet_strategies.contract import ModelShape, Precision, Traits
+from tunefleet_strategies.contract import ModelShape, Precision, Strategy, Traits
 
 
 class WorkerPlan(Settings):
@@ -150,6 +150,10 @@ def make_plan(
             f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
         )
     _refuse_clipping(recipe, traits)
+    if traits.adamw_only and not recipe.training.optim.startswith("adamw"):
+        raise Refused(
+            f"{recipe.method.name} is a form of AdamW, but optim is {recipe.training.optim}: write optim: adamw_torch."
+        )
     precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
     batch = _batch_plan(recipe, workers.count, data)
     footprint = recipe.method.footprint(model, precision)
@@ -230,19 +234,38 @@ def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
     ]
 
 
+def limited(method: Strategy) -> str:
+    """A method, and the line of the recipe that limits where it runs."""
+    line = method.traits().limited_by
+    return method.name if line is None else f"{method.name} with {line}"
+
+
+def workers_in_words(most: int) -> str:
+    """The most workers that a method runs on."""
+    return "one worker" if most == 1 else f"at most {most} workers"
+
+
+def _fewer_workers(recipe: Recipe, traits: Traits, most: int, count: int) -> str:
+    """The nearest recipe on `most` workers instead of `count`: the same global batch."""
+    key = "gradient_accumulation_steps" if traits.accumulation else "per_device_train_batch_size"
+    training = recipe.training
+    now = training.gradient_accumulation_steps if traits.accumulation else training.per_device_train_batch_size
+    return f"ray_num_workers: {most} and {key}: {math.ceil(now * count / most)} to keep the global batch"
+
+
 def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> WorkerPlan:
     count = recipe.ray.ray_num_workers
     if not isinstance(count, int):
         low, high = count
+        nearest = high if traits.max_workers is None else min(high, traits.max_workers)
         raise Refused(
             f"ray_num_workers: [{low}, {high}] asks for elastic workers, which are not built yet: write "
-            f"ray_num_workers: {high}."
+            f"ray_num_workers: {nearest}."
         )
     if traits.max_workers is not None and count > traits.max_workers:
         raise Refused(
-            f"{recipe.method.name} runs on at most {traits.max_workers} worker(s), but ray_num_workers is {count}: "
-            f"write ray_num_workers: {traits.max_workers} (and multiply gradient_accumulation_steps by {count} to "
-            f"keep the global batch)."
+            f"{limited(recipe.method)} runs on {workers_in_words(traits.max_workers)}, but ray_num_workers is "
+            f"{count}: write {_fewer_workers(recipe, traits, traits.max_workers, count)}."
         )
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
     if not any(amount > 0 for amount in request.values()):
@@ -369,7 +392,8 @@ def mathematics(plan: Plan) -> dict[str, JsonValue]:
     recipe = plan.recipe
     flat = recipe.flat()
     run_keys = set(type(recipe.run).model_fields) | set(type(recipe.ray).model_fields)
-    kept = {key: value for key, value in flat.items() if key not in run_keys and key not in _FREE_KEYS}
+    free = run_keys | _FREE_KEYS | recipe.method.free
+    kept = {key: value for key, value in flat.items() if key not in free}
     kept["ray_num_workers"] = flat["ray_num_workers"]
     kept["precision"] = plan.precision.model_dump()
     kept["training rows"] = plan.data.train_sha256 if plan.data else None

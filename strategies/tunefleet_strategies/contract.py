@@ -32,6 +32,8 @@ class Traits:
 
     max_workers: int | None = None
     """Most data-parallel workers that give the right result; None = any number."""
+    limited_by: str | None = None
+    """The line of the recipe that limits the method so (`badam_mode: ratio`); None = it is the method itself."""
     shardings: frozenset[Sharding] = frozenset()
     """Engines other than plain data parallelism that give the right result."""
     accumulation: bool = True
@@ -42,6 +44,8 @@ class Traits:
     """Whether the optimizer state can be saved."""
     trains_base: bool = True
     """Whether weights of the base model itself change (full, freeze); False: the base stays as it is (LoRA)."""
+    adamw_only: bool = False
+    """Whether the method is a form of AdamW, so that `optim` can name no other optimizer."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +187,16 @@ class Strategy(BaseModel, ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     selector: ClassVar[Mapping[str, object]]
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that change no number that is trained, so that an interrupted run may go on with others."""
 
     @abstractmethod
     def traits(self) -> Traits:
         """What the method needs from the place that runs it."""
+
+    def unused(self) -> Mapping[str, str]:
+        """Arguments that do nothing beside the others, each with the reason ("badam_mode is layer")."""
+        return {}
 
     @abstractmethod
     def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
+from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import Strategy, StrategyError
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
@@ -19,7 +20,7 @@ from tunefleet_strategies.lora import Lora
 
 ENTRY_POINT_GROUP = "tunefleet.strategies"
 
-BUILT_IN: tuple[type[Strategy], ...] = (Full, Freeze, Lora)
+BUILT_IN: tuple[type[Strategy], ...] = (Full, Freeze, Lora, BAdam)
 
 DEFAULT_TYPE = "lora"
 
@@ -33,18 +34,6 @@ PLANNED: Mapping[str, tuple[str, ...]] = {
         "galore_proj_type",
         "galore_layerwise",
         "galore_refresh",
-        "optimizer_backend",
-    ),
-    "badam": (
-        "badam_mode",
-        "badam_start_block",
-        "badam_switch_mode",
-        "badam_switch_interval",
-        "badam_update_ratio",
-        "badam_mask_mode",
-        "badam_verbose",
-        "badam_include_embedding",
-        "badam_include_lm_head",
         "optimizer_backend",
     ),
 }

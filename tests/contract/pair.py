@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.contract.variants import COMPARED, VARIANTS
+from tests.contract.variants import SHARED, VARIANTS
 from tests.training.tiny import MemoryRows, start
 
+from tunefleet.training.checkpoint import fingerprints
 from tunefleet.training.determinism import pin
+from tunefleet_strategies.badam import BAdam
+from tunefleet_strategies.contract import StrategyError
 
 LONG, SHORT = 40, 8
 """Updates of a cell. Two cells are followed for long; what differs between workers shows in the first few."""
@@ -18,6 +21,8 @@ GLOBAL_BATCH = 5
 """Odd, so that the shares of two workers differ."""
 ONE_ROW = "one row"
 """A cell whose global batches are a single row, so that the second rank never has a sample."""
+REFUSAL = "refusal"
+"""A cell that cannot be: what it was refused with."""
 EPSILON = 1e-6
 """Where a gradient is zero but for rounding (the bias of keys, which softmax does not see), Adam's default 1e-8 blows
 the rounding up to a full step, on one worker as on two; nothing can agree there."""
@@ -35,21 +40,37 @@ def train_cell(variant: str, architecture: str, global_batch: int = GLOBAL_BATCH
         micro_batch=2 if architecture == "llama" else 3,
         epsilon=EPSILON,
     )
-    steps = list(run.steps())
+    losses, norms, hashes = [], [], []
+    for step in run.steps():
+        losses.append(step.loss)
+        norms.append(step.grad_norm)
+        hashes.append(fingerprints(run.state)["weights"])
     return {
-        "losses": [step.loss for step in steps],
-        "norms": [step.grad_norm for step in steps],
+        "losses": losses,
+        "norms": norms,
+        "hashes": hashes,
         "moved": run.moved(),
         "tokens": sum(run.feed.seen),
         "bytes": run.engine.bytes_sent,
     }
 
 
+def refusal_of_ratio_mode() -> str:
+    """What ratio mode of BAdam says to the world that there is; nothing to a world of one."""
+    strategy = BAdam(badam_mode="ratio")
+    try:
+        start(strategy, "llama")
+    except StrategyError as error:
+        return str(error)
+    return ""
+
+
 def main(rank: int, rendezvous: str, output: str) -> None:
     pin(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    results = {cell: train_cell(*cell) for cell in COMPARED}
+    results: dict[tuple[str, str], Any] = {cell: train_cell(*cell) for cell in SHARED}
     results["full", ONE_ROW] = train_cell("full", "gpt2", global_batch=1)
+    results["badam_ratio", REFUSAL] = refusal_of_ratio_mode()
     torch.save(results, output)
     dist.destroy_process_group()
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.pair import ONE_ROW, train_cell
-from tests.contract.variants import COMPARED
+import torch.distributed as dist
+from tests.contract.pair import ONE_ROW, REFUSAL, refusal_of_ratio_mode, train_cell
+from tests.contract.variants import SHARED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,13 +33,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str],
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(("variant", "architecture"), COMPARED)
+@pytest.mark.parametrize(("variant", "architecture"), SHARED)
 def test_one_worker_equals_two(pair: list[dict[tuple[str, str], Any]], variant: str, architecture: str) -> None:
     one = train_cell(variant, architecture)
     first, second = (rank[variant, architecture] for rank in pair)
     assert first["losses"] == second["losses"]  # both ranks know the same sum
     assert torch.tensor(first["losses"]) == pytest.approx(torch.tensor(one["losses"]), abs=1e-5)
     assert max(one["norms"]) > 0.5, "clipping was never needed, so it was not tested"
+    assert first["hashes"] == second["hashes"]  # after every update, so after every switch of what trains too
+    assert len(set(first["hashes"])) == len(first["losses"])
     assert torch.equal(first["moved"], second["moved"])
     distance = float((first["moved"] - one["moved"]).norm() / one["moved"].norm())
     assert 0.0 < distance <= 1e-4
@@ -56,3 +59,18 @@ def test_a_rank_without_samples_contributes_zeros(pair: list[dict[tuple[str, str
     assert first["losses"] == second["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert torch.equal(first["moved"], second["moved"])
     assert float((first["moved"] - one["moved"]).norm()) <= 1e-4 * float(one["moved"].norm())
+
+
+def test_ratio_mode_refuses_two_workers_but_not_a_group_of_one(
+    pair: list[dict[tuple[str, str], Any]], tmp_path: Path
+) -> None:
+    for rank in pair:
+        told = rank["badam_ratio", REFUSAL]
+        assert told == (
+            "badam_mode: ratio trains on one worker, but there are 2; write ray_num_workers: 1, or badam_mode: layer"
+        )
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
+    try:
+        assert refusal_of_ratio_mode() == ""
+    finally:
+        dist.destroy_process_group()

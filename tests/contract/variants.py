@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.training.tiny import ARCHITECTURES
 
+from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import Strategy
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
@@ -18,9 +19,17 @@ VARIANTS: dict[str, Strategy] = {
     "rslora": Lora(lora_rank=4, use_rslora=True, lora_alpha=4),
     "loraplus": Lora(lora_rank=4, loraplus_lr_ratio=4.0),
     "pissa": Lora(lora_rank=4, pissa_init=True, pissa_iter=4),
+    # Intervals so short that even a few updates visit every block, and wrap around.
+    "badam_layer": BAdam(badam_switch_interval=2, badam_include_embedding=True, badam_include_lm_head=True),
+    "badam_ratio": BAdam(
+        badam_mode="ratio", badam_switch_interval=2, badam_update_ratio=0.4, badam_mask_mode="scatter"
+    ),
 }
 
 CELLS = [(variant, architecture) for variant in VARIANTS for architecture in ARCHITECTURES]
 
 COMPARED = [(variant, architecture) for variant, architecture in CELLS if variant != "lora_dropout"]
-"""Cells that one and two workers must agree on: dropout differs between workers on purpose."""
+"""Cells that must not care how a batch is cut: dropout differs between workers and micro-batches on purpose."""
+
+SHARED = [cell for cell in COMPARED if VARIANTS[cell[0]].traits().max_workers is None]
+"""Those of them that several workers may train."""

@@ -131,8 +131,10 @@ NOT_YET: dict[str, tuple[str, Keys]] = {
         "use_galore",
         LLAMA3 | FULL | ROWS | TRAIN | OUTPUT | GALORE | EVAL | {"galore_target": "mlp"},
     ),
-    "extras/badam/llama3_full_sft": ("use_badam", LLAMA3 | FULL | ROWS | OUTPUT | TRAIN | BADAM | EVAL),
-    "extras/badam with ZeRO-3": ("use_badam", LLAMA3 | FULL | ROWS | OUTPUT | TRAIN | BADAM | Z3),
+}
+READ |= {
+    "extras/badam/llama3_full_sft": LLAMA3 | FULL | ROWS | OUTPUT | TRAIN | BADAM | EVAL,
+    "extras/badam with ZeRO-3": LLAMA3 | FULL | ROWS | OUTPUT | TRAIN | BADAM | Z3,
 }
 
 

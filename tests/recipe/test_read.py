@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tunefleet.errors import Refused
 from tunefleet.recipe.problems import Problem, RecipeError
 from tunefleet.recipe.read import read_flat, read_recipe
+from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
 from tunefleet_strategies.lora import Lora
@@ -202,16 +203,62 @@ def test_a_key_like_no_other_is_refused_without_a_guess() -> None:
     assert "did you mean" not in only(BASE | {"zzzzzz": 1}).mend
 
 
-@pytest.mark.parametrize("name", ["galore", "badam"])
-def test_selecting_a_planned_method_is_the_only_problem(name: str) -> None:
-    problem = only(FULL | {f"use_{name}": True, f"{name}_rank" if name == "galore" else "badam_mode": 1})
-    assert problem.key == f"use_{name}"
+def test_selecting_a_planned_method_is_the_only_problem() -> None:
+    problem = only(FULL | {"use_galore": True, "galore_rank": 1})
+    assert problem.key == "use_galore"
     assert "not there yet" in problem.what
 
 
 def test_galore_with_lora_is_refused_with_the_mend() -> None:
     problem = only(BASE | {"use_galore": True})
     assert "finetuning_type: full" in problem.mend
+
+
+def test_badam_asks_for_full_tuning_and_stands_alone() -> None:
+    assert "write finetuning_type: full" in only(BASE | {"use_badam": True}).mend
+    assert "write finetuning_type: full" in only(BASE | {"finetuning_type": "freeze", "use_badam": True}).mend
+    both = only(FULL | {"use_badam": True, "use_galore": True})
+    assert "choose two methods at once" in both.what
+    assert "keep one" in both.mend
+    lora = only(FULL | {"use_badam": True, "lora_rank": 4})
+    assert (lora.key, "belongs to lora" in lora.what) == ("lora_rank", True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "idle"),
+    [
+        ({"badam_switch_mode": "random", "badam_start_block": 1}, []),
+        ({"badam_update_ratio": 0.1}, ["badam_update_ratio: not used, because badam_mode is layer"]),
+        ({"badam_mode": "ratio", "badam_update_ratio": 0.1, "badam_switch_interval": 5}, []),
+        ({"badam_mode": "ratio", "badam_start_block": 1}, ["badam_start_block: not used, because badam_mode is ratio"]),
+    ],
+)
+def test_a_written_key_of_the_other_mode_is_told(keys: dict[str, object], idle: list[str]) -> None:
+    recipe = read_flat(FULL | {"use_badam": True} | keys)
+    assert [*recipe.notices] == idle
+    assert read_flat(recipe.flat(), written=()).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "mend"),
+    [
+        ({"badam_switch_interval": 0}, "badam_switch_interval", "-1 to never switch"),
+        ({"badam_switch_interval": 2.5}, "badam_switch_interval", "badam_switch_interval: 50"),
+        ({"badam_mode": "layers"}, "badam_mode", "did you mean badam_mode: layer?"),
+        ({"badam_verbose": 3}, "badam_verbose", "badam_verbose: 0"),
+        ({"optimizer_backend": "upstream", "badam_switch_interval": -1}, "badam_switch_interval", "native"),
+    ],
+)
+def test_wrong_values_of_badam_come_with_their_mend(keys: dict[str, object], key: str, mend: str) -> None:
+    problem = only(FULL | {"use_badam": True} | keys)
+    assert problem.key == key
+    assert mend in problem.mend
+
+
+def test_null_stands_for_the_documented_interval() -> None:
+    method = read_flat(FULL | {"use_badam": True, "badam_switch_interval": None, "badam_switch_mode": None}).method
+    assert isinstance(method, BAdam)
+    assert (method.badam_switch_interval, method.badam_switch_mode) == (50, "ascending")
 
 
 def test_values_of_methods_are_checked_even_if_the_method_is_misspelt() -> None:

@@ -77,7 +77,7 @@ def _read(keys: Mapping[str, object], written: frozenset[str] | None, found: lis
     if found:
         raise RecipeError(_in_order(found, keys))
     own = values.written & owners.known_keys()
-    said = (*sort.notices, *warmup, *rules.notices(values))
+    said = (*sort.notices, *warmup, *rules.notices(values), *_unused(None if tuned is None else tuned.model, own))
     parts: dict[str, object] = {name: part.model for name, part in checked.items()}
     return Recipe.model_validate({**parts, "method": tuned and tuned.model, "written": own, "notices": said})
 
@@ -140,6 +140,12 @@ def _values_of_any_method(keys: Mapping[str, object]) -> list[Problem]:
         mine = {key: value for key, value in keys.items() if registry.owners(key)[0] == method.name}
         problems += [problem for problem in check(method, mine).problems if problem.key in mine]
     return problems
+
+
+def _unused(method: Strategy | None, written: Iterable[str]) -> list[str]:
+    """Keys of the method that a person wrote and that do nothing beside its others."""
+    idle = {} if method is None else method.unused()
+    return [f"{key}: not used, because {reason}" for key, reason in idle.items() if key in written]
 
 
 def _in_order(found: list[Problem], keys: Mapping[str, object]) -> list[Problem]:

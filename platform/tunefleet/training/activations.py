@@ -17,3 +17,6 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     base: Any = causal_lm(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers makes the embedding's output require a gradient as well, which only reentrant checkpoints need. Here
+    # it would drive the backward pass through frozen layers below everything that trains.
+    base.disable_input_require_grads()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tunefleet.errors import Refused, RunFailed
-from tunefleet.plan import Plan
+from tunefleet.plan import Plan, limited, workers_in_words
 from tunefleet.training.determinism import pin
 
 _T = TypeVar("_T")
@@ -94,6 +94,9 @@ def check_seat(plan: Plan, seat: Seat) -> None:
     # A world of one has an initialised process group as well, so it is the size that tells.
     most = plan.recipe.method.traits().max_workers
     if most is not None and seat.world > most:
-        raise Refused(f"{plan.recipe.method.name} runs on at most {most} worker(s), but Ray started {seat.world}.")
+        raise Refused(
+            f"{limited(plan.recipe.method)} runs on {workers_in_words(most)}, but Ray started {seat.world}: "
+            f"write ray_num_workers: {most}."
+        )
     if seat.world != plan.workers.count:
         raise RunFailed(f"Ray started {seat.world} worker(s) where the plan has {plan.workers.count}.")
