@@ -150,6 +150,7 @@ def make_plan(
             f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
         )
     _refuse_clipping(recipe, traits)
+    _refuse_optimizer(recipe, traits, workers)
     precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
     batch = _batch_plan(recipe, workers.count, data)
     footprint = recipe.method.footprint(model, precision)
@@ -218,6 +219,22 @@ def _refuse_clipping(recipe: Recipe, traits: Traits) -> None:
         raise Refused(
             f"{recipe.method.name} uses each gradient before the norm of all is known, but max_grad_norm is {norm:g}: "
             f"write max_grad_norm: 0."
+        )
+
+
+def _refuse_optimizer(recipe: Recipe, traits: Traits, workers: WorkerPlan) -> None:
+    name = recipe.training.optim
+    if name not in traits.optimizers:
+        raise Refused(
+            f"{recipe.method.name} cannot use optim: {name}: write optim: adamw_torch."
+            if name != "adamw_8bit"
+            else f"optim: {name} is an optimizer of the upstream packages, which {recipe.method.name} as written does "
+            "not use: write optim: adamw_torch."
+        )
+    if name == "adamw_8bit" and workers.device != "cuda":
+        raise Refused(
+            f"optim: {name} keeps its state in 8 bits by kernels that need a GPU, but resources_per_worker gives none: "
+            "write optim: adamw_torch, or ask for {GPU: 1}."
         )
 
 

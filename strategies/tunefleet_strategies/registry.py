@@ -15,26 +15,17 @@ from importlib.metadata import EntryPoint, entry_points
 from tunefleet_strategies.contract import Strategy, StrategyError
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora
 
 ENTRY_POINT_GROUP = "tunefleet.strategies"
 
-BUILT_IN: tuple[type[Strategy], ...] = (Full, Freeze, Lora)
+BUILT_IN: tuple[type[Strategy], ...] = (Full, Freeze, Lora, GaLore)
 
 DEFAULT_TYPE = "lora"
 
 
 PLANNED: Mapping[str, tuple[str, ...]] = {
-    "galore": (
-        "galore_target",
-        "galore_rank",
-        "galore_update_interval",
-        "galore_scale",
-        "galore_proj_type",
-        "galore_layerwise",
-        "galore_refresh",
-        "optimizer_backend",
-    ),
     "badam": (
         "badam_mode",
         "badam_start_block",
