@@ -7,6 +7,7 @@ from tests.training.tiny import ARCHITECTURES
 from tunefleet_strategies.contract import Strategy
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora
 
 VARIANTS: dict[str, Strategy] = {
@@ -18,9 +19,25 @@ VARIANTS: dict[str, Strategy] = {
     "rslora": Lora(lora_rank=4, use_rslora=True, lora_alpha=4),
     "loraplus": Lora(lora_rank=4, loraplus_lr_ratio=4.0),
     "pissa": Lora(lora_rank=4, pissa_init=True, pissa_iter=4),
+    "galore": GaLore(galore_rank=4, galore_update_interval=3, galore_scale=1.0),
+    "galore_subspace": GaLore(
+        galore_rank=4, galore_update_interval=2, galore_scale=1.0, galore_refresh="subspace", galore_stagger=True
+    ),
+    "galore_layerwise": GaLore(galore_rank=4, galore_update_interval=3, galore_scale=1.0, galore_layerwise=True),
 }
 
 CELLS = [(variant, architecture) for variant in VARIANTS for architecture in ARCHITECTURES]
 
-COMPARED = [(variant, architecture) for variant, architecture in CELLS if variant != "lora_dropout"]
-"""Cells that one and two workers must agree on: dropout differs between workers on purpose."""
+ACCUMULATED = [
+    (variant, architecture)
+    for variant, architecture in CELLS
+    if variant != "lora_dropout" and VARIANTS[variant].traits().accumulation
+]
+"""Cells that must not care how a batch is cut: dropout does, on purpose, and a method may refuse to be asked."""
+
+COMPARED = [
+    (variant, architecture)
+    for variant, architecture in CELLS
+    if variant != "lora_dropout" and VARIANTS[variant].traits().max_workers is None
+]
+"""Cells that one and two workers must agree on, for the same reasons."""

@@ -36,7 +36,7 @@ names are YAML lists or text with commas. Every key has one owner; a key of anot
 error, and so is a key that nobody owns.
 
 Names and defaults are LLaMA-Factory 0.9.5's, except `logging_steps: 10`, `plot_loss: true`, `report_to: tensorboard`,
-`do_train: true`, gradient checkpointing (off unless asked for) and `cache_dir` (the token cache).
+`do_train: true`, `galore_scale: 0.25`, gradient checkpointing (off unless asked for) and `cache_dir` (the token cache).
 """
 
 

@@ -96,7 +96,8 @@ def find_basis(gradient: Tensor, side: Side, rank: int, refresh: Refresh, previo
     """The basis for a gradient, in fp32.
 
     Args:
-        previous: the basis that `subspace` starts from; without one it takes the exact one.
+        previous: the basis so far. `eigh` and `subspace` take their signs from it, so that moments keep their meaning
+            where a vector has not moved, and rounding cannot flip one; `subspace` starts from it.
 
     Returns:
         The basis, and whether `subspace` had to fall back to the exact one.
@@ -104,12 +105,13 @@ def find_basis(gradient: Tensor, side: Side, rank: int, refresh: Refresh, previo
     gradient = gradient.float()
     if refresh == "svd":
         return svd_basis(gradient, side, rank), False
-    if refresh == "eigh" or previous is None:
+    if previous is None:
         return eigh_basis(gradient, side, rank), False
-    moved = subspace_basis(gradient, side, previous)
-    if captures_enough(gradient, moved, rank):
-        return moved, False
-    return eigh_basis(gradient, side, rank), True
+    if refresh == "subspace":
+        moved = subspace_basis(gradient, side, previous)
+        if captures_enough(gradient, moved, rank):
+            return moved, False
+    return aligned(eigh_basis(gradient, side, rank), previous), refresh == "subspace"
 
 
 def svd_basis(gradient: Tensor, side: Side, rank: int) -> Basis:
@@ -127,19 +129,16 @@ def eigh_basis(gradient: Tensor, side: Side, rank: int) -> Basis:
     if rows >= columns:
         _, vectors = torch.linalg.eigh(gradient.mT @ gradient)  # (n, n), by rising eigenvalue
         right = vectors[..., -rank:].flip(-1)  # (n, r)
-        left = right if side == "right" else torch.linalg.qr(gradient @ right).Q
+        left = right if side == "right" else _orthonormal(gradient @ right)
     else:
         _, vectors = torch.linalg.eigh(gradient @ gradient.mT)  # (m, m)
         left = vectors[..., -rank:].flip(-1)  # (m, r)
-        right = left if side == "left" else torch.linalg.qr(gradient.mT @ left).Q
+        right = left if side == "left" else _orthonormal(gradient.mT @ left)
     return _one_sided(left, right.mT, side)
 
 
 def subspace_basis(gradient: Tensor, side: Side, previous: Basis) -> Basis:
-    """One step of subspace iteration, warm-started: V <- orth(G^T G V) (Golub & Van Loan, section 7.3.2).
-
-    Signs follow the previous basis, so that moments keep their meaning where the subspace has not moved.
-    """
+    """One step of subspace iteration, warm-started: V <- orth(G^T G V) (Golub & Van Loan, section 7.3.2)."""
     if side == "left":
         assert previous.left is not None
         left = _orthonormal(gradient @ (gradient.mT @ previous.left.float()))
@@ -149,6 +148,16 @@ def subspace_basis(gradient: Tensor, side: Side, previous: Basis) -> Basis:
     if side == "right":
         return Basis(None, right.mT)
     return Basis(_orthonormal(gradient @ right), right.mT)
+
+
+def aligned(basis: Basis, previous: Basis) -> Basis:
+    """The same basis, each vector turned to the side of the one that stood in its place: eigenvectors have no sign."""
+    left, right = basis.left, basis.right
+    if left is not None and previous.left is not None:
+        left = left * _signs((left * previous.left).sum(-2, keepdim=True))  # (m, r) times (1, r)
+    if right is not None and previous.right is not None:
+        right = right * _signs((right * previous.right).sum(-1, keepdim=True))  # (r, n) times (r, 1)
+    return Basis(left, right)
 
 
 def captures_enough(gradient: Tensor, basis: Basis, rank: int) -> bool:
@@ -182,9 +191,13 @@ def _one_sided(left: Tensor, right: Tensor, side: Side) -> Basis:
 def _orthonormal(matrix: Tensor) -> Tensor:
     """Columns of the QR decomposition whose R has a positive diagonal."""
     vectors, upper = torch.linalg.qr(matrix)
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    turned: Tensor = vectors * signs.unsqueeze(-2)
+    turned: Tensor = vectors * _signs(upper.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
     return turned
+
+
+def _signs(numbers: Tensor) -> Tensor:
+    """1 or -1, never 0."""
+    return torch.where(numbers < 0, -1.0, 1.0)
 
 
 def _compact(side: Tensor) -> Tensor:
