@@ -146,7 +146,7 @@ def make_plan(
     _refuse_what_is_not_built(recipe)
     if not traits.accumulation and recipe.training.gradient_accumulation_steps > 1:
         raise Refused(
-            f"{recipe.method.name} cannot accumulate gradients, but gradient_accumulation_steps is "
+            f"{_method(recipe, traits)} cannot accumulate gradients, but gradient_accumulation_steps is "
             f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
         )
     _refuse_clipping(recipe, traits)
@@ -213,24 +213,25 @@ def _refuse_what_is_not_built(recipe: Recipe) -> None:
         )
 
 
+def _method(recipe: Recipe, traits: Traits) -> str:
+    """The method's name, and what of the recipe limits it."""
+    return recipe.method.name if traits.owing_to is None else f"{recipe.method.name} with {traits.owing_to}"
+
+
 def _refuse_clipping(recipe: Recipe, traits: Traits) -> None:
     norm = recipe.training.max_grad_norm
     if not traits.clipping and norm > 0 and "max_grad_norm" in recipe.written:
         raise Refused(
-            f"{recipe.method.name} uses each gradient before the norm of all is known, but max_grad_norm is {norm:g}: "
-            f"write max_grad_norm: 0."
+            f"{_method(recipe, traits)} uses each gradient before the norm of all is known, but max_grad_norm is "
+            f"{norm:g}: write max_grad_norm: 0."
         )
 
 
 def _refuse_optimizer(recipe: Recipe, traits: Traits, workers: WorkerPlan) -> None:
     name = recipe.training.optim
     if name not in traits.optimizers:
-        raise Refused(
-            f"{recipe.method.name} cannot use optim: {name}: write optim: adamw_torch."
-            if name != "adamw_8bit"
-            else f"optim: {name} is an optimizer of the upstream packages, which {recipe.method.name} as written does "
-            "not use: write optim: adamw_torch."
-        )
+        owner = " (it belongs to optimizer_backend: upstream)" if name == "adamw_8bit" else ""
+        raise Refused(f"{_method(recipe, traits)} cannot use optim: {name}{owner}: write optim: adamw_torch.")
     if name == "adamw_8bit" and workers.device != "cuda":
         raise Refused(
             f"optim: {name} keeps its state in 8 bits by kernels that need a GPU, but resources_per_worker gives none: "
@@ -242,7 +243,7 @@ def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
     if traits.clipping or recipe.training.max_grad_norm == 0:
         return []
     return [
-        f"{recipe.method.name} uses each gradient before the norm of all is known: gradients are not clipped "
+        f"{_method(recipe, traits)} uses each gradient before the norm of all is known: gradients are not clipped "
         f"(max_grad_norm: 0)."
     ]
 
@@ -256,10 +257,11 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
             f"ray_num_workers: {high}."
         )
     if traits.max_workers is not None and count > traits.max_workers:
+        grown = "gradient_accumulation_steps" if traits.accumulation else "per_device_train_batch_size"
         raise Refused(
-            f"{recipe.method.name} runs on at most {traits.max_workers} worker(s), but ray_num_workers is {count}: "
-            f"write ray_num_workers: {traits.max_workers} (and multiply gradient_accumulation_steps by {count} to "
-            f"keep the global batch)."
+            f"{_method(recipe, traits)} runs on at most {traits.max_workers} worker(s), but ray_num_workers is "
+            f"{count}: write ray_num_workers: {traits.max_workers} (and multiply {grown} by {count} to keep the "
+            f"global batch)."
         )
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
     if not any(amount > 0 for amount in request.values()):
@@ -345,7 +347,7 @@ def _data_plan(data: DataShape | None) -> DataPlan | None:
 
 def _resume_notices(recipe: Recipe, traits: Traits) -> list[str]:
     if not traits.resumable:
-        return [f"The state of {recipe.method.name}'s optimizer cannot be saved, so this run cannot be resumed."]
+        return [f"The optimizer state of {_method(recipe, traits)} cannot be saved, so this run cannot be resumed."]
     if recipe.run.save_only_model:
         return ["save_only_model: true leaves the optimizer out of every checkpoint, so this run cannot be resumed."]
     return []

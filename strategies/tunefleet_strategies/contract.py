@@ -41,6 +41,8 @@ class Traits:
     """Whether the norm of the whole gradient is known before it is used."""
     resumable: bool = True
     """Whether the optimizer state can be saved."""
+    owing_to: str | None = None
+    """What of the recipe limits the method so, such as `galore_layerwise: true`; refusals name it."""
     optimizers: frozenset[OptimizerName] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd"})
     """Values of `optim` that the method can carry out."""
     trains_base: bool = True

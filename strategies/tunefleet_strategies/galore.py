@@ -141,9 +141,11 @@ class GaLore(Strategy):
         galore-torch decomposes on every worker by itself, which is equal only where their arithmetic is.
         """
         if self.optimizer_backend == "upstream":
-            return Traits(max_workers=1, resumable=False, optimizers=_ADAMW | {"adamw_8bit"})
+            upstream = "optimizer_backend: upstream"
+            return Traits(max_workers=1, resumable=False, owing_to=upstream, optimizers=_ADAMW | {"adamw_8bit"})
         if self.galore_layerwise:
-            return Traits(max_workers=1, accumulation=False, clipping=False, optimizers=_ADAMW)
+            layerwise = "galore_layerwise: true"
+            return Traits(max_workers=1, accumulation=False, clipping=False, owing_to=layerwise, optimizers=_ADAMW)
         return Traits(optimizers=_ADAMW)
 
     def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:
