@@ -76,7 +76,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 def traces(model: Weights, own: GaLoreAdamW) -> dict[str, tuple[Any, ...]]:
     """Bits, number formats and strides of everything that a resume must bring back."""
     found: dict[str, tuple[Any, ...]] = {}
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     for number, entry in own.state_dict()["state"].items():
         for name, value in entry.items():
             if isinstance(value, Tensor):
