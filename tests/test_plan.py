@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +58,11 @@ DECODER = ModelShape(
         heads=(),
         tied=None,
     ),
+)
+SHAPED = replace(
+    SHAPE,
+    parameters=(*SHAPE.parameters, ParameterShape("layers.0.up.weight", (4, 4), True)),
+    anatomy=Anatomy(("layers.0",), ("layers.0.up",), (), ("embed",), ("embed",), (), None),
 )
 PLAIN, WITH_BF16 = Hardware("cpu", bf16=False), Hardware("cpu", bf16=True)
 GPU = Hardware("cuda", bf16=True)
@@ -113,9 +119,9 @@ def planned(
     return make_plan(recipe(**keys), SHAPE, shape, cluster, "/work", notices)
 
 
-def refusal(read: Recipe, cluster: ClusterShape = LAPTOP) -> str:
+def refusal(read: Recipe, cluster: ClusterShape = LAPTOP, shape: ModelShape = SHAPE) -> str:
     with pytest.raises(Refused) as caught:
-        make_plan(read, SHAPE, data(), cluster, "/work")
+        make_plan(read, shape, data(), cluster, "/work")
     sentence = str(caught.value)
     assert "\n" not in sentence
     return sentence
@@ -309,6 +315,49 @@ def test_a_method_that_cannot_clip_refuses_a_written_norm_and_drops_the_default(
     assert not any(
         "clipped" in notice for notice in make_plan(hasty(max_grad_norm=0), SHAPE, data(), LAPTOP, "/work").notices
     )
+
+
+GALORE: dict[str, object] = {"use_galore": True}
+LAYERWISE = GALORE | {"galore_layerwise": True}
+UPSTREAM = GALORE | {"optimizer_backend": "upstream"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said", "mended"),
+    [
+        (
+            LAYERWISE | {"ray_num_workers": 2},
+            ["galore_layerwise", "ray_num_workers is 2", "multiply per_device_train_batch_size by 2"],
+            {"ray_num_workers": 1},
+        ),
+        (
+            LAYERWISE | {"gradient_accumulation_steps": 4},
+            ["galore_layerwise", "gradient_accumulation_steps is 4"],
+            {"gradient_accumulation_steps": 1},
+        ),
+        (LAYERWISE | {"max_grad_norm": 1.0}, ["galore_layerwise", "max_grad_norm is 1"], {"max_grad_norm": 0}),
+        (UPSTREAM | {"ray_num_workers": 2}, ["optimizer_backend", "ray_num_workers is 2"], {"ray_num_workers": 1}),
+        (GALORE | {"optim": "sgd"}, ["galore", "optim: sgd"], {"optim": "adamw_torch"}),
+        (GALORE | {"optim": "adamw_8bit"}, ["optimizer_backend: upstream", "adamw_8bit"], {"optim": "adamw_torch"}),
+        (UPSTREAM | {"optim": "adamw_8bit"}, ["adamw_8bit", "resources_per_worker"], {"optim": "adamw_torch"}),
+        ({"optim": "adamw_8bit"}, ["full", "adamw_8bit"], {"optim": "adamw_torch"}),
+    ],
+)
+def test_what_galore_cannot_do_is_refused_in_one_sentence_and_its_mend_runs(
+    keys: dict[str, Any], said: list[str], mended: dict[str, object]
+) -> None:
+    sentence = refusal(recipe(**keys), shape=SHAPED)
+    assert all(part in sentence for part in said)
+    make_plan(recipe(**keys | mended), SHAPED, data(), LAPTOP, "/work")
+
+
+def test_galore_that_cannot_be_resumed_or_clipped_says_so() -> None:
+    def notices(keys: dict[str, object]) -> str:
+        return " ".join(make_plan(recipe(**keys), SHAPED, data(), LAPTOP, "/work").notices)
+
+    assert "galore with optimizer_backend: upstream cannot be saved" in notices(UPSTREAM)
+    assert "galore with galore_layerwise: true uses each gradient" in notices(LAYERWISE)
+    assert notices(GALORE | {"galore_scale": 1.0}) == ""
 
 
 def test_what_the_traits_allow_is_planned() -> None:

@@ -146,14 +146,11 @@ def make_plan(
     _refuse_what_is_not_built(recipe)
     if not traits.accumulation and recipe.training.gradient_accumulation_steps > 1:
         raise Refused(
-            f"{recipe.method.name} cannot accumulate gradients, but gradient_accumulation_steps is "
+            f"{limited(recipe.method)} cannot accumulate gradients, but gradient_accumulation_steps is "
             f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
         )
     _refuse_clipping(recipe, traits)
-    if traits.adamw_only and not recipe.training.optim.startswith("adamw"):
-        raise Refused(
-            f"{recipe.method.name} is a form of AdamW, but optim is {recipe.training.optim}: write optim: adamw_torch."
-        )
+    _refuse_optimizer(recipe, traits, workers)
     precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
     batch = _batch_plan(recipe, workers.count, data)
     footprint = recipe.method.footprint(model, precision)
@@ -220,8 +217,20 @@ def _refuse_clipping(recipe: Recipe, traits: Traits) -> None:
     norm = recipe.training.max_grad_norm
     if not traits.clipping and norm > 0 and "max_grad_norm" in recipe.written:
         raise Refused(
-            f"{recipe.method.name} uses each gradient before the norm of all is known, but max_grad_norm is {norm:g}: "
-            f"write max_grad_norm: 0."
+            f"{limited(recipe.method)} uses each gradient before the norm of all is known, but max_grad_norm is "
+            f"{norm:g}: write max_grad_norm: 0."
+        )
+
+
+def _refuse_optimizer(recipe: Recipe, traits: Traits, workers: WorkerPlan) -> None:
+    name = recipe.training.optim
+    if name not in traits.optimizers:
+        owner = " (it belongs to optimizer_backend: upstream)" if name == "adamw_8bit" else ""
+        raise Refused(f"{limited(recipe.method)} cannot use optim: {name}{owner}: write optim: adamw_torch.")
+    if name == "adamw_8bit" and workers.device != "cuda":
+        raise Refused(
+            f"optim: {name} keeps its state in 8 bits by kernels that need a GPU, but resources_per_worker gives none: "
+            "write optim: adamw_torch, or ask for {GPU: 1}."
         )
 
 
@@ -229,7 +238,7 @@ def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
     if traits.clipping or recipe.training.max_grad_norm == 0:
         return []
     return [
-        f"{recipe.method.name} uses each gradient before the norm of all is known: gradients are not clipped "
+        f"{limited(recipe.method)} uses each gradient before the norm of all is known: gradients are not clipped "
         f"(max_grad_norm: 0)."
     ]
 
@@ -351,7 +360,7 @@ def _data_plan(data: DataShape | None) -> DataPlan | None:
 
 def _resume_notices(recipe: Recipe, traits: Traits) -> list[str]:
     if not traits.resumable:
-        return [f"The state of {recipe.method.name}'s optimizer cannot be saved, so this run cannot be resumed."]
+        return [f"The optimizer state of {limited(recipe.method)} cannot be saved, so this run cannot be resumed."]
     if recipe.run.save_only_model:
         return ["save_only_model: true leaves the optimizer out of every checkpoint, so this run cannot be resumed."]
     return []

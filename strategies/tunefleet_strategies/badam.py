@@ -40,6 +40,7 @@ from torch.optim import Optimizer
 
 from tunefleet_strategies.blocks import BlockNames, blocks_of, listed
 from tunefleet_strategies.contract import (
+    ADAMW,
     AttachContext,
     Choice,
     Domain,
@@ -138,12 +139,12 @@ class BAdam(Strategy):
                 limited_by="badam_mode: ratio",
                 accumulation=not upstream,
                 resumable=not upstream,
-                adamw_only=True,
+                optimizers=ADAMW,
             )
         if upstream:
             # Its random order comes from the global random state, which differs between workers.
-            return Traits(max_workers=1, limited_by="optimizer_backend: upstream", resumable=False, adamw_only=True)
-        return Traits(shardings=frozenset({"zero3"}), adamw_only=True)
+            return Traits(max_workers=1, limited_by="optimizer_backend: upstream", resumable=False, optimizers=ADAMW)
+        return Traits(shardings=frozenset({"zero3"}), optimizers=ADAMW)
 
     def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:
         """Make everything trainable that some block has; the optimizer narrows it to one block at a time.

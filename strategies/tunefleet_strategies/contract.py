@@ -20,6 +20,10 @@ from torch.optim import Optimizer
 from tunefleet_strategies.parts import Anatomy
 
 Sharding = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
+OptimizerName = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd"]
+
+ADAMW: frozenset[OptimizerName] = frozenset({"adamw_torch", "adamw_torch_fused"})
+"""The names of torch's AdamW."""
 
 
 class StrategyError(ValueError):
@@ -42,10 +46,10 @@ class Traits:
     """Whether the norm of the whole gradient is known before it is used."""
     resumable: bool = True
     """Whether the optimizer state can be saved."""
+    optimizers: frozenset[OptimizerName] = ADAMW | {"sgd"}
+    """Values of `optim` that the method can carry out."""
     trains_base: bool = True
     """Whether weights of the base model itself change (full, freeze); False: the base stays as it is (LoRA)."""
-    adamw_only: bool = False
-    """Whether the method is a form of AdamW, so that `optim` can name no other optimizer."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class AttachContext:
 class OptimizerSpec:
     """The optimizer that a recipe asks for, in plain numbers."""
 
-    name: Literal["adamw_torch", "adamw_torch_fused", "sgd"]
+    name: OptimizerName
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -106,6 +110,13 @@ class MethodOptimizer(Optimizer):
     def messages(self) -> list[str]:
         """What a person asked to be told of the updates since the last call (verbose modes)."""
         return []
+
+    def measurements(self) -> dict[str, float]:
+        """Figures of the last update for the record, by the name that they have there. The same on every worker.
+
+        Asked only when they are written, so whatever waits for the device belongs here and not in `step`.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

@@ -16,28 +16,14 @@ from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import Strategy, StrategyError
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora
 
 ENTRY_POINT_GROUP = "tunefleet.strategies"
 
-BUILT_IN: tuple[type[Strategy], ...] = (Full, Freeze, Lora, BAdam)
+BUILT_IN: tuple[type[Strategy], ...] = (Full, Freeze, Lora, GaLore, BAdam)
 
 DEFAULT_TYPE = "lora"
-
-
-PLANNED: Mapping[str, tuple[str, ...]] = {
-    "galore": (
-        "galore_target",
-        "galore_rank",
-        "galore_update_interval",
-        "galore_scale",
-        "galore_proj_type",
-        "galore_layerwise",
-        "galore_refresh",
-        "optimizer_backend",
-    ),
-}
-"""Methods that are not there yet: their name, and every documented argument of theirs."""
 
 
 def methods() -> tuple[type[Strategy], ...]:
@@ -52,37 +38,25 @@ def methods() -> tuple[type[Strategy], ...]:
 
 def selector_keys() -> frozenset[str]:
     """The keys that choose a method; they belong to the recipe, not to the method."""
-    selectors = [*(method.selector for method in methods()), *(_planned_selector(name) for name in PLANNED)]
-    return frozenset(key for selector in selectors for key in selector)
+    return frozenset(key for method in methods() for key in method.selector)
 
 
 def owners(key: str) -> tuple[str, ...]:
-    """Names of the methods, planned ones too, that have an argument of this name."""
-    present = [method.name for method in methods() if key in method.model_fields]
-    return (*present, *(name for name, keys in PLANNED.items() if key in keys))
+    """Names of the methods that have an argument of this name."""
+    return tuple(method.name for method in methods() if key in method.model_fields)
 
 
 def select(keys: Mapping[str, object]) -> type[Strategy]:
     """The method that a recipe's choosing keys mean; other keys are passed over.
 
     Raises:
-        StrategyError: the keys contradict each other, name no method, or name one that is not there yet.
+        StrategyError: the keys contradict each other, or name no method.
     """
     chosen = _chosen(keys)
     for method in methods():
         if chosen == _complete(method.selector):
             return method
-    for name in PLANNED:
-        if chosen == _complete(_planned_selector(name)):
-            raise StrategyError(
-                f"use_{name}: the method {name} is not there yet; use finetuning_type: full without use_{name} for now"
-            )
     raise _no_method(chosen)
-
-
-def _planned_selector(name: str) -> dict[str, object]:
-    """What a recipe writes to choose a method that changes the optimizer of full tuning."""
-    return {"finetuning_type": "full", f"use_{name}": True}
 
 
 def _complete(selector: Mapping[str, object]) -> dict[str, object]:
@@ -126,8 +100,7 @@ def _plugins(path: tuple[str, ...]) -> tuple[type[Strategy], ...]:  # noqa: ARG0
     """Methods of the packages installed along an import path."""
     found: dict[str, type[Strategy]] = {}
     taken = {method.name: f"built in as {method.__module__}" for method in BUILT_IN}
-    taken |= dict.fromkeys(PLANNED, "planned")
-    selectors = [*(dict(method.selector) for method in BUILT_IN), *(_planned_selector(name) for name in PLANNED)]
+    selectors = [dict(method.selector) for method in BUILT_IN]
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (point.name, point.value)):
         method = _load(point)
         if method.name in taken:

@@ -155,6 +155,33 @@ def lora_targets(parts: Anatomy, names: Sequence[str]) -> LoraTargets:
     )
 
 
+def matrices_within(parts: Anatomy, names: Sequence[str], key: str) -> tuple[str, ...]:
+    """Paths of the matrices that names mean: of the modules themselves and of all that stand inside them.
+
+    `all` means every linear map inside the layers and the fused experts, never embeddings or the head.
+
+    Raises:
+        StrategyError: a name means no matrix of a linear map, or one that the embedding shares.
+    """
+    inside = (*(f"{path}.weight" for path in parts.linears), *parts.fused)
+    if tuple(names) == (ALL,):
+        return inside
+    heads = tuple(f"{path}.weight" for path in parts.heads)
+    chosen: set[str] = set()
+    for name in names:
+        found = [path for path in (*inside, *heads) if f".{name}." in f".{path}."]
+        if not found:
+            pieces = dict.fromkeys(piece for path in (*inside, *heads) for piece in path.split(".")[:-1])
+            choices = [piece for piece in pieces if not piece.isdecimal()]
+            raise unknown_target(key, name, (ALL, *choices), "module with a linear map")
+        if parts.tied is not None and f"{parts.tied.head}.weight" in found:
+            raise StrategyError(
+                f"{key}: `{name}` shares its matrix with the embedding in this model, which is no linear map; drop it"
+            )
+        chosen.update(found)
+    return tuple(path for path in (*inside, *heads) if path in chosen)
+
+
 def outside_modules(parts: Anatomy, names: Sequence[str], key: str) -> tuple[str, ...]:
     """Resolve names of modules outside the layers (`embed_tokens`, `norm`, `lm_head`) to their paths.
 

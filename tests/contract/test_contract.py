@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tests.contract.variants import CELLS, COMPARED, VARIANTS
+from tests.contract.variants import ACCUMULATED, CELLS, VARIANTS
 from tests.training.tiny import ARCHITECTURES, VOCABULARY, MemoryRows, build, start
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -34,7 +34,7 @@ def test_it_learns_and_leaves_the_frozen_alone(variant: str, architecture: str) 
     assert len(moved) > 0.9 * len(trained)
 
 
-@pytest.mark.parametrize(("variant", "architecture"), COMPARED)
+@pytest.mark.parametrize(("variant", "architecture"), ACCUMULATED)
 def test_accumulation_of_four_equals_one(variant: str, architecture: str) -> None:
     moved, losses = [], []
     for micro_batch in (8, 2):

@@ -25,12 +25,13 @@ class Ending:
 
 def begin(variant: str, architecture: str, precision: Precision, folder: Path | None = None) -> Run:
     initial = None if folder is None else load_initial(folder)
+    cut = 4 if VARIANTS[variant].traits().accumulation else 6
     return start(
         VARIANTS[variant],
         architecture,
         updates=UPDATES,
         global_batch=6,
-        micro_batch=4,
+        micro_batch=cut,
         precision=precision,
         initial=initial,
     )
@@ -72,7 +73,7 @@ def test_a_run_interrupted_at_any_step_is_bit_identical(variant: str, architectu
 
 
 @pytest.mark.parametrize("precision", [MIXED, PURE], ids=["bf16", "pure_bf16"])
-@pytest.mark.parametrize("variant", ["full", "lora_dropout", "pissa"])
+@pytest.mark.parametrize("variant", ["full", "lora_dropout", "pissa", "galore", "galore_layerwise"])
 def test_in_bf16_too(variant: str, precision: Precision, tmp_path: Path) -> None:
     twin = uninterrupted(variant, "llama", precision, tmp_path)
     assert resumed(variant, "llama", precision, tmp_path / "2") == Ending(twin.losses[2:], twin.hashes)

@@ -8,6 +8,7 @@ from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import Strategy
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora
 
 VARIANTS: dict[str, Strategy] = {
@@ -19,6 +20,11 @@ VARIANTS: dict[str, Strategy] = {
     "rslora": Lora(lora_rank=4, use_rslora=True, lora_alpha=4),
     "loraplus": Lora(lora_rank=4, loraplus_lr_ratio=4.0),
     "pissa": Lora(lora_rank=4, pissa_init=True, pissa_iter=4),
+    "galore": GaLore(galore_rank=4, galore_update_interval=3, galore_scale=1.0),
+    "galore_subspace": GaLore(
+        galore_rank=4, galore_update_interval=2, galore_scale=1.0, galore_refresh="subspace", galore_stagger=True
+    ),
+    "galore_layerwise": GaLore(galore_rank=4, galore_update_interval=3, galore_scale=1.0, galore_layerwise=True),
     # Intervals so short that even a few updates visit every block, and wrap around.
     "badam_layer": BAdam(badam_switch_interval=2, badam_include_embedding=True, badam_include_lm_head=True),
     "badam_ratio": BAdam(
@@ -28,8 +34,16 @@ VARIANTS: dict[str, Strategy] = {
 
 CELLS = [(variant, architecture) for variant in VARIANTS for architecture in ARCHITECTURES]
 
-COMPARED = [(variant, architecture) for variant, architecture in CELLS if variant != "lora_dropout"]
-"""Cells that must not care how a batch is cut: dropout differs between workers and micro-batches on purpose."""
+ACCUMULATED = [
+    (variant, architecture)
+    for variant, architecture in CELLS
+    if variant != "lora_dropout" and VARIANTS[variant].traits().accumulation
+]
+"""Cells that must not care how a batch is cut: dropout does, on purpose, and a method may refuse to be asked."""
 
-SHARED = [cell for cell in COMPARED if VARIANTS[cell[0]].traits().max_workers is None]
-"""Those of them that several workers may train."""
+SHARED = [
+    (variant, architecture)
+    for variant, architecture in CELLS
+    if variant != "lora_dropout" and VARIANTS[variant].traits().max_workers is None
+]
+"""Cells that one and two workers must agree on, for the same reasons."""

@@ -52,7 +52,7 @@ def line(key: str, value: object) -> str:
         ("dataset", [], "is empty"),
         ("dataset", "a,b,a", "names a twice"),
         ("stage", "dpo", "'dpo' is not sft or pt"),
-        ("optim", "adamw_8bit", "did you mean optim: adamw_torch?"),
+        ("optim", "adamw_bnb_8bit", "did you mean optim: adamw_8bit?"),
         ("lr_scheduler_type", "cosin", "did you mean lr_scheduler_type: cosine?"),
         ("lr_scheduler_type", "cosine_with_min_lr", "is not linear, cosine"),
         ("eval_strategy", "step", "did you mean eval_strategy: steps?"),

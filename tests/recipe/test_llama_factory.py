@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from tunefleet.recipe.problems import RecipeError
 from tunefleet.recipe.read import read_flat, read_recipe
 from tunefleet.recipe.schema import recipe_schema
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora
 
 Keys = dict[str, object]
@@ -125,12 +126,9 @@ BADAM: Keys = {
     "badam_switch_interval": 50,
     "badam_verbose": 2,
 }
-NOT_YET: dict[str, tuple[str, Keys]] = {
-    "extras/galore/llama3_full_sft": ("use_galore", LLAMA3 | FULL | ROWS | NEW_OUTPUT | TRAIN | GALORE),
-    "extras/galore with names": (
-        "use_galore",
-        LLAMA3 | FULL | ROWS | TRAIN | OUTPUT | GALORE | EVAL | {"galore_target": "mlp"},
-    ),
+READ |= {
+    "extras/galore/llama3_full_sft": LLAMA3 | FULL | ROWS | NEW_OUTPUT | TRAIN | GALORE,
+    "extras/galore with names": LLAMA3 | FULL | ROWS | TRAIN | OUTPUT | EVAL | GALORE | {"galore_target": "mlp"},
 }
 READ |= {
     "extras/badam/llama3_full_sft": LLAMA3 | FULL | ROWS | OUTPUT | TRAIN | BADAM | EVAL,
@@ -145,7 +143,7 @@ def test_an_example_is_read_unchanged(name: str, tmp_path: Path) -> None:
     recipe = read_recipe(path)
     flat = recipe.flat()
     assert recipe.written == {key for key, value in READ[name].items() if value is not None}
-    listed = {"dataset", "report_to", "lora_target"}
+    listed = {"dataset", "report_to", "lora_target", "galore_target"}
     for key in recipe.written - listed:
         assert flat[key] == READ[name][key]
     assert recipe.data.dataset == tuple(str(READ[name]["dataset"]).split(","))
@@ -154,20 +152,17 @@ def test_an_example_is_read_unchanged(name: str, tmp_path: Path) -> None:
     assert Draft202012Validator(recipe_schema()).is_valid(READ[name])
 
 
-@pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_an_example_of_a_planned_method_has_that_one_problem(name: str) -> None:
-    key, keys = NOT_YET[name]
-    with pytest.raises(RecipeError) as caught:
-        read_flat(keys)
-    assert [problem.key for problem in caught.value.problems] == [key]
-    assert "not there yet" in caught.value.problems[0].what
-
-
 def test_the_llama_pro_example_has_that_one_problem() -> None:
     method: Keys = {"finetuning_type": "freeze", "freeze_trainable_layers": 8, "freeze_trainable_modules": "all"}
     with pytest.raises(RecipeError) as caught:
         read_flat(LLAMA3 | method | {"use_llama_pro": True, "fp16": True} | ROWS | OUTPUT | TRAIN | EVAL)
     assert [problem.key for problem in caught.value.problems] == ["use_llama_pro"]
+
+
+def test_galore_reaches_its_method() -> None:
+    method = read_flat(READ["extras/galore/llama3_full_sft"]).method
+    assert isinstance(method, GaLore)
+    assert (method.galore_rank, method.galore_scale, method.galore_layerwise) == (128, 2.0, True)
 
 
 def test_loraplus_reaches_its_method() -> None:

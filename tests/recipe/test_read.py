@@ -183,9 +183,15 @@ def test_a_foreign_key_says_whose_it_is_and_how_to_select_that_method() -> None:
 
 
 def test_a_key_of_a_method_that_is_not_there_says_so() -> None:
+    problem = only(FULL | {"badam_mode": "layer"})
+    assert "belongs to badam" in problem.what
+    assert "cannot be selected yet" in problem.mend
+
+
+def test_a_key_of_a_switched_method_says_how_to_switch_it_on() -> None:
     problem = only(FULL | {"galore_rank": 8})
     assert "belongs to galore" in problem.what
-    assert "cannot be selected yet" in problem.mend
+    assert "use_galore: true" in problem.mend
 
 
 @pytest.mark.parametrize(
@@ -201,12 +207,6 @@ def test_an_unknown_key_gets_did_you_mean(key: str, meant: str) -> None:
 
 def test_a_key_like_no_other_is_refused_without_a_guess() -> None:
     assert "did you mean" not in only(BASE | {"zzzzzz": 1}).mend
-
-
-def test_selecting_a_planned_method_is_the_only_problem() -> None:
-    problem = only(FULL | {"use_galore": True, "galore_rank": 1})
-    assert problem.key == "use_galore"
-    assert "not there yet" in problem.what
 
 
 def test_galore_with_lora_is_refused_with_the_mend() -> None:

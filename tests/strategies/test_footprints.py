@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from galore_torch.galore_projector import GaLoreProjector
+from transformers import PreTrainedModel
 
 from tunefleet_strategies.contract import ModelShape, OptimizerSpec, ParameterShape, Precision, Strategy
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora
+from tunefleet_strategies.optim.projection import Projection
+from tunefleet_strategies.targets import anatomy
 
 Call = Callable[..., Any]
 
@@ -21,6 +26,10 @@ METHODS = {
     "lora": Lora(lora_rank=4),
     "dora_additional": Lora(lora_rank=4, use_dora=True, additional_target=("norm",)),
     "pissa": Lora(lora_rank=4, pissa_init=True),
+    **{f"galore_{kind}": GaLore(galore_rank=4, galore_proj_type=kind) for kind in get_args(Projection)},
+    "galore_names": GaLore(galore_rank=40, galore_target=("mlp",)),
+    "galore_upstream": GaLore(galore_rank=4, optimizer_backend="upstream"),
+    "galore_upstream_full": GaLore(galore_rank=4, galore_proj_type="full", optimizer_backend="upstream"),
 }
 
 
@@ -31,7 +40,8 @@ def live(tensors: list[torch.Tensor]) -> int:
 
 def shape_of(model: torch.nn.Module) -> ModelShape:
     parameters = tuple(ParameterShape(n, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters())
-    return ModelShape("tiny", 64, 32, 3, parameters)
+    parts = anatomy(model) if isinstance(model, PreTrainedModel) else None
+    return ModelShape("tiny", 64, 32, 3, parameters, parts)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -58,7 +68,39 @@ def test_estimate_is_what_lives(
         model(input_ids=tokens, labels=tokens).loss.backward()
     assert live([p.grad for p in model.parameters() if p.grad is not None]) == estimate.gradients
     optimizer.step()
-    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    state = [tensor for entry in optimizer.state.values() for value in entry.values() for tensor in tensors_of(value)]
+    assert live(state) == estimate.optimizer_state
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """The tensors of one entry of an optimizer's state; galore-torch keeps some in an object of its own."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if not isinstance(value, GaLoreProjector):
+        return []
+    matrix = value.ortho_matrix
+    return list(matrix) if isinstance(matrix, list) else [matrix]
+
+
+def test_layerwise_keeps_one_gradient_alone(
+    architecture: str, build: Call, attach: Call, tokens: torch.Tensor, fp32: Precision
+) -> None:
+    method = GaLore(galore_rank=4, galore_layerwise=True)
+    estimate = method.footprint(shape_of(attach(method, build(architecture, meta=True))), fp32)
+    model = attach(method, build(architecture))
+    optimizer = method.optimizer(model, OptimizerSpec("adamw_torch", 1e-3))
+    most: list[int] = []
+
+    def count(parameter: torch.Tensor) -> None:
+        most.append(live([p.grad for p in model.parameters() if p.grad is not None]))
+
+    for parameter in model.parameters():  # after the optimizer's own hooks, before which one gradient lived
+        parameter.register_post_accumulate_grad_hook(count)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert max(most) == 0
+    assert estimate.gradients == 4 * max(p.numel() for p in model.parameters())
+    state = [tensor for entry in optimizer.state.values() for value in entry.values() for tensor in tensors_of(value)]
     assert live(state) == estimate.optimizer_state
 
 

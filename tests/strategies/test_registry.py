@@ -14,8 +14,9 @@ from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import StrategyError
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora
-from tunefleet_strategies.registry import PLANNED, methods, owners, select, selector_keys
+from tunefleet_strategies.registry import methods, owners, select, selector_keys
 
 PLUGIN = """
 from tunefleet_strategies.full import Full
@@ -51,7 +52,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 def test_the_table_is_complete_and_names_are_unique() -> None:
-    assert methods() == (Full, Freeze, Lora, BAdam)
+    assert methods() == (Full, Freeze, Lora, GaLore, BAdam)
     assert len({method.name for method in methods()}) == len(methods())
 
 
@@ -65,6 +66,7 @@ def test_the_table_is_complete_and_names_are_unique() -> None:
         ({"finetuning_type": "full", "use_badam": None}, Full),
         ({"finetuning_type": "full", "use_badam": True}, BAdam),
         ({"finetuning_type": "freeze", "use_galore": False, "use_badam": False}, Freeze),
+        ({"finetuning_type": "full", "use_galore": True, "use_badam": False}, GaLore),
     ],
 )
 def test_select(keys: dict[str, object], method: type) -> None:
@@ -76,12 +78,6 @@ def test_select(keys: dict[str, object], method: type) -> None:
 def test_an_optimizer_method_without_full_weights_is_refused_with_the_mend(switch: str, kind: str | None) -> None:
     with pytest.raises(StrategyError, match=f"{switch} .*write finetuning_type: full"):
         select({switch: True, "finetuning_type": kind})
-
-
-@pytest.mark.parametrize("name", ["galore"])
-def test_a_planned_method_says_that_it_is_not_there_yet(name: str) -> None:
-    with pytest.raises(StrategyError, match=f"{name} is not there yet"):
-        select({"finetuning_type": "full", f"use_{name}": True})
 
 
 def test_two_optimizer_methods_at_once_are_refused() -> None:
@@ -105,15 +101,9 @@ def test_every_key_says_whose_it_is() -> None:
     assert owners("lora_rnk") == ()
 
 
-def test_planned_keys_hold_every_documented_argument() -> None:
-    assert {"galore_refresh", "galore_layerwise", "galore_proj_type", "optimizer_backend"} <= set(PLANNED["galore"])
-    taken = {key for method in methods() for key in method.model_fields} - {"optimizer_backend"}
-    assert not taken & {key for keys in PLANNED.values() for key in keys}
-
-
 def test_an_installed_package_adds_a_method(install: Install) -> None:
     install(PLUGIN.format(name="mine", selector={"finetuning_type": "mine"}), "Mine")
-    assert [method.name for method in methods()] == ["full", "freeze", "lora", "badam", "mine"]
+    assert [method.name for method in methods()] == ["full", "freeze", "lora", "galore", "badam", "mine"]
     assert select({"finetuning_type": "mine"}).name == "mine"
     assert owners("mine_rank") == ("mine",)
     assert select({}) is Lora

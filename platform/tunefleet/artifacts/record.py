@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,10 +71,11 @@ class Sums:
         self.tokens += step.tokens
         self.seconds += step.seconds
 
-    def line(self, step: Step) -> Line:
+    def line(self, step: Step, measurements: Mapping[str, float]) -> Line:
         """The line of a logged step: the mean over every target token since the line before; then start anew.
 
-        `learning_rate` and `grad_norm` are those of this update, `tokens` counts from the run's beginning.
+        `learning_rate`, `grad_norm` and the method's measurements are those of this update, `tokens` counts from the
+        run's beginning.
         """
         seconds, mfu_seconds = self.line_seconds, self.line_mfu_seconds
         self.last_loss = self.loss / self.target_tokens if self.target_tokens else None
@@ -88,6 +89,7 @@ class Sums:
             "tokens_per_second": self.line_tokens / seconds if seconds else None,
             "mfu": mfu_seconds / seconds if seconds and mfu_seconds is not None else None,
             "seconds": self.seconds,
+            **measurements,
         }
         self.loss, self.target_tokens, self.line_tokens, self.line_seconds, self.line_mfu_seconds = 0.0, 0, 0, 0.0, 0.0
         self.lines += 1
@@ -154,14 +156,18 @@ class Recorder:
         """The step with the lowest evaluation loss so far (the first of equals)."""
         return self._sums.best_step
 
-    def step(self, step: Step) -> Line | None:
-        """Take an update in. Returns the line that was written, if this step has one."""
+    def step(self, step: Step, measure: Callable[[], Mapping[str, float]] = dict) -> Line | None:
+        """Take an update in. Returns the line that was written, if this step has one.
+
+        Args:
+            measure: called for the method's own figures of this update, if it has a line.
+        """
         self.executed += 1
         self._last_step = step.step
         self._sums.add(step)
         if step.step % self._logging_steps and step.step != self._updates:
             return None
-        line = self._sums.line(step)
+        line = self._sums.line(step, measure())
         self._write(line)
         return line
 

@@ -36,7 +36,7 @@ names are YAML lists or text with commas. Every key has one owner; a key of anot
 error, and so is a key that nobody owns.
 
 Names and defaults are LLaMA-Factory 0.9.5's, except `logging_steps: 10`, `plot_loss: true`, `report_to: tensorboard`,
-`do_train: true`, gradient checkpointing (off unless asked for) and `cache_dir` (the token cache).
+`do_train: true`, `galore_scale: 0.25`, gradient checkpointing (off unless asked for) and `cache_dir` (the token cache).
 """
 
 
@@ -49,7 +49,7 @@ def recipe_markdown() -> str:
     for method in registry.methods():
         about = f"Owner: the method `{method.name}`; selected by `{owners.selection(method)}`. {_first_line(method)}"
         parts.append(_part(f"Method: {method.name}", method, about))
-    parts += [_planned(), _peers()]
+    parts.append(_peers())
     return "\n".join(parts)
 
 
@@ -113,13 +113,6 @@ def _choice_of_method() -> str:
 
 def _word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _planned() -> str:
-    lines = ["## Methods that are not there yet", "", "Their keys are known; selecting one of them is refused.", ""]
-    for name, keys in registry.PLANNED.items():
-        lines.append(f"- `{name}`: {', '.join(f'`{key}`' for key in keys)}")
-    return "\n".join([*lines, ""]) if registry.PLANNED else ""
 
 
 def _peers() -> str:

@@ -42,10 +42,9 @@ def section_of(key: str) -> str | None:
 
 
 def known_keys() -> frozenset[str]:
-    """Every key that some recipe may have, those of methods that are not there yet included."""
+    """Every key that some recipe may have."""
     keys = {key for owner in SECTIONS.values() for key in owner.model_fields}
     keys |= {key for method in registry.methods() for key in method.model_fields}
-    keys |= {key for planned in registry.PLANNED.values() for key in planned}
     return frozenset(keys | registry.selector_keys())
 
 

@@ -41,7 +41,7 @@ def recipe_schema() -> dict[str, JsonValue]:
 
 
 def selectors() -> dict[str, JsonValue]:
-    """The keys that choose the method. A switch whose method is not there yet can only be off."""
+    """The keys that choose the method."""
     found: dict[str, list[JsonValue]] = {key: [] for key in sorted(registry.selector_keys())}
     for method in registry.methods():
         for key, value in method.selector.items():
@@ -54,8 +54,7 @@ def selectors() -> dict[str, JsonValue]:
         schemas[key] = {
             "enum": [*taken, None],
             "default": False if switch else registry.DEFAULT_TYPE,
-            "description": "Chooses the method"
-            + (", with `finetuning_type: full`." if switch and values else "." if values else "; not there yet."),
+            "description": "Chooses the method" + (", with `finetuning_type: full`." if switch else "."),
         }
     return schemas
 

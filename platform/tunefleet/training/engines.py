@@ -70,6 +70,9 @@ class Engine(Protocol):
     def messages(self) -> list[str]:
         """What the optimizer has to say of the last update."""
 
+    def measurements(self) -> dict[str, float]:
+        """The optimizer's own figures of the last update. Waits for the device."""
+
     def total(self, values: Tensor) -> Tensor:
         """Sum of a small fp64 tensor over the ranks. Collective."""
 
@@ -178,6 +181,9 @@ class PlainEngine:
 
     def messages(self) -> list[str]:
         return self.optimizer.messages() if isinstance(self.optimizer, MethodOptimizer) else []
+
+    def measurements(self) -> dict[str, float]:
+        return self.optimizer.measurements() if isinstance(self.optimizer, MethodOptimizer) else {}
 
     def total(self, values: Tensor) -> Tensor:
         values = values.to(self._device)

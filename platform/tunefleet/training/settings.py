@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, WithJsonSchema, field_validator
 
 from tunefleet.settings import Settings
+from tunefleet_strategies.contract import OptimizerName
 
 Scheduler = Literal[
     "linear",
@@ -51,8 +52,10 @@ class TrainingSettings(Settings):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = Field(
-        "adamw_torch", description="The optimizer; both AdamW names mean the same numbers, fused where the device can."
+    optim: OptimizerName = Field(
+        "adamw_torch",
+        description="The optimizer; `adamw_torch` and `adamw_torch_fused` mean the same numbers, fused where the "
+        "device can. `adamw_8bit` keeps its state in 8 bits: `optimizer_backend: upstream` only, on a GPU.",
     )
     bf16: bool | None = Field(
         None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -98,10 +99,10 @@ class Reporter:
         for text in texts:
             self._sender.send(Noticed(text))
 
-    def stepped(self, step: Step) -> None:
-        """Take an update in."""
+    def stepped(self, step: Step, measure: Callable[[], Mapping[str, float]] = dict) -> None:
+        """Take an update in; `measure` is called for the method's own figures of it, if it has a line."""
         self.step = step.step
-        line = None if self._recorder is None else self._recorder.step(step)
+        line = None if self._recorder is None else self._recorder.step(step, measure)
         self._sender.send(Stepped(step))
         if line is not None:
             self._sender.send(Logged(line))

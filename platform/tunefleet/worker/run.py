@@ -56,7 +56,7 @@ def train(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) -> bool:
     if cadence.evaluates_at_start and reporter.step == 0:
         reporter.evaluated(0.0, trainee.evaluate())
     for step in trainee.steps(reporter.should_stop):
-        reporter.stepped(step)
+        reporter.stepped(step, trainee.engine.measurements)
         reporter.notice(*trainee.engine.messages())
         if is_due(step.step, cadence.evaluation) or (step.step == last and cadence.evaluates_at_end):
             reporter.evaluated(step.epoch, trainee.evaluate())

@@ -1,1 +1,1 @@
-"""How trainable parameters are grouped, and the optimizers that are built from the groups."""
+"""How trainable parameters are grouped, the optimizers built from the groups, and the optimizers of this project."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.contract import OptimizerSpec, StrategyError
 from tunefleet_strategies.optim.groups import Group, grouped, trainable
 
 
 def build(groups: list[Group], spec: OptimizerSpec) -> Optimizer:
     """Build the optimizer that a recipe names over ready-made groups.
 
-    Both AdamW names mean torch's fused kernel, on CPU as on GPU: the same update in one pass over memory.
+    Both AdamW names of torch mean its fused kernel, on CPU as on GPU: the same update in one pass over memory.
+
+    Raises:
+        StrategyError: an optimizer of the upstream packages, which no method uses on ready-made groups.
     """
+    if spec.name == "adamw_8bit":
+        raise StrategyError("optim: adamw_8bit is an optimizer of the upstream packages; write optim: adamw_torch")
     if spec.name == "sgd":
         return SGD(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
     return AdamW(

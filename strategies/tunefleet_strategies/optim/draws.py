@@ -13,6 +13,10 @@ def seed_of(*key: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator_of(*key: int | str) -> torch.Generator:
-    """A CPU generator, so that what it draws does not depend on the device that trains."""
-    return torch.Generator().manual_seed(seed_of(*key))
+def generator_of(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each key.
+
+    Args:
+        device: where it draws. On the CPU, what it draws does not depend on the device that trains.
+    """
+    return torch.Generator(device).manual_seed(seed_of(*key))

@@ -1,0 +1,84 @@
+"""galore-torch's own optimizers, for whoever wants the published code itself: `optimizer_backend: upstream`.
+
+Its state holds Python objects and cannot be saved. The package is imported where it is used, because importing it
+imports bitsandbytes, whether the 8-bit optimizer is wanted or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.optim.groups import Group
+from tunefleet_strategies.optim.projection import Projection
+
+_NATIVE = "write optimizer_backend: native"
+
+
+def check_upstream(projection: Projection, rank: int, projected: Mapping[str, Tensor]) -> None:
+    """Refuse what is known to fail in the middle of a run.
+
+    Raises:
+        StrategyError: a package is missing, or `reverse_std` meets a wide matrix at its full rank.
+    """
+    missing = [package for package in ("galore_torch", "bitsandbytes") if find_spec(package) is None]
+    if missing:
+        raise StrategyError(f"optimizer_backend: upstream needs {missing[0]}, which is not installed; {_NATIVE}")
+    if projection != "reverse_std":
+        return
+    for path, parameter in projected.items():
+        rows, columns = parameter.shape
+        if rank >= rows and rows < columns:
+            raise StrategyError(
+                f"galore_proj_type: reverse_std fails in galore-torch for {path} ({rows} x {columns}) at galore_rank "
+                f"{rank}; {_NATIVE}, or galore_rank: {rows - 1}"
+            )
+
+
+def upstream_optimizer(groups: Sequence[Group], spec: OptimizerSpec) -> Optimizer:
+    """galore-torch's AdamW, or its 8-bit one, over groups in this project's form.
+
+    Raises:
+        StrategyError: the optimizer has no such form, or needs a device that the model is not on.
+    """
+    if spec.name not in ("adamw_torch", "adamw_torch_fused", "adamw_8bit"):
+        raise StrategyError(f"galore cannot use optim: {spec.name}; write optim: adamw_torch")
+    theirs = [_translated(group) for group in groups]
+    if spec.name == "adamw_8bit":
+        return _eight_bit(theirs, spec)
+    from galore_torch import GaLoreAdamW
+
+    optimizer: Optimizer = GaLoreAdamW(
+        theirs,
+        lr=spec.learning_rate,
+        betas=spec.betas,
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
+        no_deprecation_warning=True,
+    )
+    return optimizer
+
+
+def _eight_bit(groups: list[Group], spec: OptimizerSpec) -> Optimizer:
+    device = groups[0]["params"][0].device
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise StrategyError(
+            f"optim: adamw_8bit runs on a CUDA device and the model is on {device.type}; write optim: adamw_torch"
+        )
+    from galore_torch import GaLoreAdamW8bit
+
+    optimizer: Optimizer = GaLoreAdamW8bit(
+        groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
+    )
+    return optimizer
+
+
+def _translated(group: Group) -> Group:
+    """The same group in galore-torch's words."""
+    names = {"update_interval": "update_proj_gap", "projection": "proj_type"}
+    return {names.get(key, key): value for key, value in group.items()}
