@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.pair import ONE_ROW, train_cell
+from tests.contract.pair import ONE_ROW, bases_of_different_gradients, train_cell
 from tests.contract.variants import COMPARED
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What both ranks of one group saw, all cells."""
     folder = tmp_path_factory.mktemp("pair")
     path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
@@ -33,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str],
 
 
 @pytest.mark.parametrize(("variant", "architecture"), COMPARED)
-def test_one_worker_equals_two(pair: list[dict[tuple[str, str], Any]], variant: str, architecture: str) -> None:
+def test_one_worker_equals_two(pair: list[dict[Any, Any]], variant: str, architecture: str) -> None:
     one = train_cell(variant, architecture)
     first, second = (rank[variant, architecture] for rank in pair)
     assert first["losses"] == second["losses"]  # both ranks know the same sum
@@ -48,7 +48,7 @@ def test_one_worker_equals_two(pair: list[dict[tuple[str, str], Any]], variant: 
     assert one["bytes"] == 0
 
 
-def test_a_rank_without_samples_contributes_zeros(pair: list[dict[tuple[str, str], Any]]) -> None:
+def test_a_rank_without_samples_contributes_zeros(pair: list[dict[Any, Any]]) -> None:
     one = train_cell("full", "gpt2", global_batch=1)
     first, second = (rank["full", ONE_ROW] for rank in pair)
     assert second["tokens"] == 0
@@ -56,3 +56,16 @@ def test_a_rank_without_samples_contributes_zeros(pair: list[dict[tuple[str, str
     assert first["losses"] == second["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert torch.equal(first["moved"], second["moved"])
     assert float((first["moved"] - one["moved"]).norm()) <= 1e-4 * float(one["moved"].norm())
+
+
+def test_bases_come_from_the_first_rank(pair: list[dict[Any, Any]]) -> None:
+    """Each rank was given other gradients: what is broadcast is all that can make their bases equal."""
+    first, second = (rank["bases"] for rank in pair)
+    alone = bases_of_different_gradients(0)
+    other = bases_of_different_gradients(1)
+    assert len(first) == 6
+    for name, basis in first.items():
+        assert torch.equal(basis, second[name]), name
+        assert basis.stride() == second[name].stride()
+        assert torch.equal(basis, alone[name])
+        assert not torch.equal(basis, other[name])

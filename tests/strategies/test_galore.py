@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tunefleet_strategies.contract import OptimizerSpec, Precision, StrategyError, Traits
+from tunefleet_strategies.contract import OptimizerName, OptimizerSpec, Precision, StrategyError, Traits
 from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.optim import upstream_galore
 from tunefleet_strategies.optim.galore import GaLoreAdamW
@@ -114,7 +114,7 @@ def test_values_that_mean_nothing_are_refused(keys: dict[str, object]) -> None:
 
 
 def test_traits_follow_from_the_arguments() -> None:
-    adamw = frozenset({"adamw_torch", "adamw_torch_fused"})
+    adamw: frozenset[OptimizerName] = frozenset({"adamw_torch", "adamw_torch_fused"})
     assert GaLore().traits() == Traits(optimizers=adamw)
     layerwise = GaLore(galore_layerwise=True).traits()
     assert (layerwise.max_workers, layerwise.accumulation, layerwise.clipping) == (1, False, False)
@@ -197,7 +197,7 @@ def test_what_galore_torch_does_not_know_is_refused_or_left_at_what_it_does() ->
     assert (strategy.galore_refresh, strategy.galore_stagger, strategy.bf16_rounding) == ("svd", False, "nearest")
     assert GaLore.model_validate(strategy.model_dump()) == strategy
     for keys in (
-        *({"galore_refresh": "eigh"}, {"galore_stagger": True}, {"bf16_rounding": "stochastic"}),
+        *({"galore_refresh": "subspace"}, {"galore_stagger": True}, {"bf16_rounding": "stochastic"}),
         {"galore_layerwise": True},
     ):
         with pytest.raises(ValidationError, match="optimizer_backend: native"):
