@@ -273,7 +273,9 @@ def test_methods_are_listed_with_names_and_keys(command: Command, monkeypatch: p
     answer = command("methods")
     assert answer.code == 0
     for method in listed.values():
-        assert f"finetuning_type: {method['name']} " in answer.out
+        selected = ", ".join(f"{key}: {str(value).lower()}" for key, value in method["selector"].items())
+        assert f" {method['name']} " in answer.out
+        assert f" {selected} " in answer.out
         assert method["summary"].split()[0] in answer.out
 
 

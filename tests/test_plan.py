@@ -277,7 +277,7 @@ def test_ratio_mode_runs_on_one_worker_and_says_what_would_run() -> None:
 
 def test_a_form_of_adamw_refuses_another_optimizer() -> None:
     sentence = refusal(recipe(finetuning_type="full", use_badam=True, optim="sgd"))
-    assert sentence == "badam is a form of AdamW, but optim is sgd: write optim: adamw_torch."
+    assert sentence == "badam cannot use optim: sgd: write optim: adamw_torch."
     assert planned(finetuning_type="full", optim="sgd").model.optimizer_bytes == 0
 
 
@@ -327,7 +327,7 @@ UPSTREAM = GALORE | {"optimizer_backend": "upstream"}
     [
         (
             LAYERWISE | {"ray_num_workers": 2},
-            ["galore_layerwise", "ray_num_workers is 2", "multiply per_device_train_batch_size by 2"],
+            ["galore_layerwise", "ray_num_workers is 2", "per_device_train_batch_size: 16 to keep the global batch"],
             {"ray_num_workers": 1},
         ),
         (

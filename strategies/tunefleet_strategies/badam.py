@@ -54,7 +54,7 @@ from tunefleet_strategies.contract import (
     StrategyError,
     Traits,
 )
-from tunefleet_strategies.fields import OptimizerBackend
+from tunefleet_strategies.fields import BACKEND_WORDS, OptimizerBackend
 from tunefleet_strategies.optim.block_adamw import Block, BlockAdamW
 from tunefleet_strategies.optim.block_schedule import NEVER, BlockSchedule, SwitchMode
 from tunefleet_strategies.optim.groups import grouped, trainable
@@ -101,7 +101,7 @@ class BAdam(Strategy):
         default=False, description="Train the head and the final norm too; in layer mode a block."
     )
     optimizer_backend: OptimizerBackend = Field(
-        default="native", description="native, or upstream for the published package's own optimizer (no resume)."
+        default="native", description=BACKEND_WORDS
     )
 
     @model_validator(mode="after")

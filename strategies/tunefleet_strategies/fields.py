@@ -71,5 +71,6 @@ OptionalNames = Annotated[tuple[str, ...] | None, BeforeValidator(read_names), _
 OptionalNumbers = Annotated[tuple[int, ...] | None, BeforeValidator(read_list), _OPTIONAL_NUMBERS_SCHEMA]
 """A comma string or a YAML list of whole numbers."""
 
+BACKEND_WORDS = "Whose optimizer runs: ours, or that of the method's authors, which cannot be resumed."
 OptimizerBackend = Literal["native", "upstream"]
 """Whose optimizer runs: ours, or the class of the package that the method's authors published."""

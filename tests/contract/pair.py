@@ -13,7 +13,9 @@ from tests.training.tiny import MemoryRows, start
 from tunefleet.training.checkpoint import fingerprints
 from tunefleet.training.determinism import pin
 from tunefleet_strategies.badam import BAdam
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.optim.galore import Behaviour, GaLoreAdamW
+from tunefleet_strategies.optim.groups import Group
 
 LONG, SHORT = 40, 8
 """Updates of a cell. Two cells are followed for long; what differs between workers shows in the first few."""
@@ -65,12 +67,27 @@ def refusal_of_ratio_mode() -> str:
     return ""
 
 
+def bases_of_different_gradients(rank: int) -> dict[str, torch.Tensor]:
+    """What GaLore keeps where, against all rules, each rank has a gradient of its own. More than one broadcast."""
+    generator = torch.Generator().manual_seed(rank)
+    weights = [torch.zeros(6, 4), torch.zeros(4, 6, dtype=torch.bfloat16), torch.zeros(2, 6, 4)]
+    how: Group = {"params": weights, "rank": 2, "projection": "full", "update_interval": 2, "scale": 1.0}
+    optimizer = GaLoreAdamW([how], OptimizerSpec("adamw_torch", 1e-3), Behaviour("subspace"))
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        optimizer.step()
+    states = enumerate(optimizer.state[weight] for weight in weights)
+    return {f"{number}/{side}": state[side] for number, state in states for side in ("left", "right")}
+
+
 def main(rank: int, rendezvous: str, output: str) -> None:
     pin(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    results: dict[tuple[str, str], Any] = {cell: train_cell(*cell) for cell in SHARED}
+    results: dict[Any, Any] = {cell: train_cell(*cell) for cell in SHARED}
     results["full", ONE_ROW] = train_cell("full", "gpt2", global_batch=1)
     results["badam_ratio", REFUSAL] = refusal_of_ratio_mode()
+    results["bases"] = bases_of_different_gradients(rank)
     torch.save(results, output)
     dist.destroy_process_group()
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.contract.pair import ONE_ROW, REFUSAL, refusal_of_ratio_mode, train_cell
+from tests.contract.pair import ONE_ROW, REFUSAL, bases_of_different_gradients, refusal_of_ratio_mode, train_cell
 from tests.contract.variants import SHARED
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What both ranks of one group saw, all cells."""
     folder = tmp_path_factory.mktemp("pair")
     path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
@@ -34,7 +34,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str],
 
 
 @pytest.mark.parametrize(("variant", "architecture"), SHARED)
-def test_one_worker_equals_two(pair: list[dict[tuple[str, str], Any]], variant: str, architecture: str) -> None:
+def test_one_worker_equals_two(pair: list[dict[Any, Any]], variant: str, architecture: str) -> None:
     one = train_cell(variant, architecture)
     first, second = (rank[variant, architecture] for rank in pair)
     assert first["losses"] == second["losses"]  # both ranks know the same sum
@@ -51,7 +51,7 @@ def test_one_worker_equals_two(pair: list[dict[tuple[str, str], Any]], variant: 
     assert one["bytes"] == 0
 
 
-def test_a_rank_without_samples_contributes_zeros(pair: list[dict[tuple[str, str], Any]]) -> None:
+def test_a_rank_without_samples_contributes_zeros(pair: list[dict[Any, Any]]) -> None:
     one = train_cell("full", "gpt2", global_batch=1)
     first, second = (rank["full", ONE_ROW] for rank in pair)
     assert second["tokens"] == 0
@@ -62,7 +62,7 @@ def test_a_rank_without_samples_contributes_zeros(pair: list[dict[tuple[str, str
 
 
 def test_ratio_mode_refuses_two_workers_but_not_a_group_of_one(
-    pair: list[dict[tuple[str, str], Any]], tmp_path: Path
+    pair: list[dict[Any, Any]], tmp_path: Path
 ) -> None:
     for rank in pair:
         told = rank["badam_ratio", REFUSAL]
@@ -74,3 +74,16 @@ def test_ratio_mode_refuses_two_workers_but_not_a_group_of_one(
         assert refusal_of_ratio_mode() == ""
     finally:
         dist.destroy_process_group()
+
+
+def test_bases_come_from_the_first_rank(pair: list[dict[Any, Any]]) -> None:
+    """Each rank was given other gradients: what is broadcast is all that can make their bases equal."""
+    first, second = (rank["bases"] for rank in pair)
+    alone = bases_of_different_gradients(0)
+    other = bases_of_different_gradients(1)
+    assert len(first) == 6
+    for name, basis in first.items():
+        assert torch.equal(basis, second[name]), name
+        assert basis.stride() == second[name].stride()
+        assert torch.equal(basis, alone[name])
+        assert not torch.equal(basis, other[name])

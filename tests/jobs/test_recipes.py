@@ -22,6 +22,8 @@ PROMISED = {
     "rslora_sft": "lora",
     "dora_sft": "lora",
     "pissa_sft": "lora",
+    "galore_sft": "galore",
+    "galore_layerwise_sft": "galore",
 }
 
 by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

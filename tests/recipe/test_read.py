@@ -182,12 +182,6 @@ def test_a_foreign_key_says_whose_it_is_and_how_to_select_that_method() -> None:
     assert problem.mend == "remove lora_rank, or write finetuning_type: lora"
 
 
-def test_a_key_of_a_method_that_is_not_there_says_so() -> None:
-    problem = only(FULL | {"badam_mode": "layer"})
-    assert "belongs to badam" in problem.what
-    assert "cannot be selected yet" in problem.mend
-
-
 def test_a_key_of_a_switched_method_says_how_to_switch_it_on() -> None:
     problem = only(FULL | {"galore_rank": 8})
     assert "belongs to galore" in problem.what

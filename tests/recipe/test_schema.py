@@ -55,7 +55,7 @@ def test_what_people_write_fits(keys: dict[str, object]) -> None:
         {"seed": "x"},
         {"optim": "adam"},
         {"lora_rank": 0},
-        {"use_badam": True},
+        {"use_badam": "layer"},
         {"finetuning_type": "x"},
         {"quantization_bit": 4},
         {"learning_rate": 0},

@@ -196,7 +196,7 @@ def test_what_galore_torch_does_not_know_is_refused_or_left_at_what_it_does() ->
     assert (strategy.galore_refresh, strategy.galore_stagger, strategy.bf16_rounding) == ("svd", False, "nearest")
     assert GaLore.model_validate(strategy.model_dump()) == strategy
     for keys in (
-        *({"galore_refresh": "eigh"}, {"galore_stagger": True}, {"bf16_rounding": "stochastic"}),
+        *({"galore_refresh": "subspace"}, {"galore_stagger": True}, {"bf16_rounding": "stochastic"}),
         {"galore_layerwise": True},
     ):
         with pytest.raises(ValidationError, match="optimizer_backend: native"):

@@ -16,7 +16,7 @@ from tunefleet.worker.events import Event, Stepped
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-QUICK = [("full", 1), ("lora_dropout", 2)]
+QUICK = [("full", 1), ("lora_dropout", 2), ("galore", 1)]
 SLOW = [
     ("full", 2),
     ("freeze", 1),
@@ -26,6 +26,9 @@ SLOW = [
     ("dora", 2),
     ("pissa", 1),
     ("pissa", 2),
+    ("galore", 2),
+    ("galore_layerwise", 1),
+    *((f"galore_{mode}", 1) for mode in ("svd", "reverse_std", "right", "left", "full")),
 ]
 CELLS = [*QUICK, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in SLOW)]
 

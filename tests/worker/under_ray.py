@@ -22,12 +22,27 @@ from tunefleet.worker.events import Event
 
 UPDATES, SAVE_STEPS = 60, 20
 
+GALORE: dict[str, object] = {
+    "finetuning_type": "full",
+    "use_galore": True,
+    "galore_rank": 8,
+    "galore_scale": 1.0,
+    "galore_update_interval": 7,
+}
+
 METHODS: dict[str, dict[str, object]] = {
     "full": {"finetuning_type": "full"},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "lora_dropout": {"finetuning_type": "lora", "lora_dropout": 0.2},
     "dora": {"finetuning_type": "lora", "use_dora": True},
     "pissa": {"finetuning_type": "lora", "pissa_init": True, "lora_dropout": 0.1},
+    "galore": GALORE,
+    "galore_layerwise": GALORE | {"galore_layerwise": True, "galore_proj_type": "full", "pure_bf16": True},
+    "galore_svd": GALORE | {"galore_refresh": "svd", "galore_stagger": True},
+    "galore_reverse_std": GALORE | {"galore_proj_type": "reverse_std"},
+    "galore_right": GALORE | {"galore_proj_type": "right", "galore_refresh": "eigh"},
+    "galore_left": GALORE | {"galore_proj_type": "left", "pure_bf16": True, "bf16_rounding": "stochastic"},
+    "galore_full": GALORE | {"galore_proj_type": "full"},
 }
 
 

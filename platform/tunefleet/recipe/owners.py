@@ -61,8 +61,6 @@ def foreign(key: str, owners: tuple[str, ...], method: type[Strategy]) -> Proble
     """A key of another method than the selected one."""
     what = f"belongs to {' and '.join(owners)}, and this recipe selects {method.name} ({selection(method)})"
     ready = [selection(other) for other in registry.methods() if other.name in owners]
-    if not ready:
-        return Problem(key, what, f"remove {key}: {' and '.join(owners)} cannot be selected yet")
     return Problem(key, what, f"remove {key}, or write {' or '.join(ready)}")
 
 

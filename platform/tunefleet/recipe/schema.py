@@ -19,10 +19,10 @@ def recipe_schema() -> dict[str, JsonValue]:
     """
     keys: dict[str, JsonValue] = {}
     for section in owners.SECTIONS.values():
-        keys |= _keys_of(section, "")
+        keys |= _keys_of(section)
     keys |= selectors()
     for method in registry.methods():
-        keys |= {key: schema for key, schema in _keys_of(method, method.name).items() if key not in keys}
+        keys |= _keys_of(method)
     for key, reason in peers.IGNORED.items():
         keys[key] = {"description": f"Accepted and not used, because {reason}.", "deprecated": True}
     return {
@@ -59,11 +59,12 @@ def selectors() -> dict[str, JsonValue]:
     return schemas
 
 
-def _keys_of(owner: type[BaseModel], method: str) -> dict[str, JsonValue]:
-    """The schemas of an owner's keys, null allowed, named after the method if it is one's."""
+def _keys_of(owner: type[BaseModel]) -> dict[str, JsonValue]:
+    """The schemas of an owner's keys, null allowed, named after the methods if it is theirs."""
     found: dict[str, JsonValue] = {}
     for key, schema in properties(owner).items():
-        about = f"{method}: {schema.get('description', '')}" if method else schema.get("description", "")
+        about, methods = schema.get("description", ""), registry.owners(key)
+        about = f"{' and '.join(methods)}: {about}" if methods else about
         found[key] = {**_or_null(schema), "description": about}
     return found
 
