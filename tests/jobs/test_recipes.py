@@ -22,6 +22,8 @@ PROMISED = {
     "rslora_sft": "lora",
     "dora_sft": "lora",
     "pissa_sft": "lora",
+    "badam_layer_sft": "badam",
+    "badam_ratio_sft": "badam",
 }
 
 by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -22,12 +22,28 @@ from tunefleet.worker.events import Event
 
 UPDATES, SAVE_STEPS = 60, 20
 
+# Visits end neither where checkpoints are nor where workers are killed; a round is over before the first checkpoint.
+BADAM: dict[str, object] = {
+    "finetuning_type": "full",
+    "use_badam": True,
+    "badam_switch_interval": 3,
+    "badam_include_embedding": True,
+    "badam_include_lm_head": True,
+}
+RATIO: dict[str, object] = {**BADAM, "badam_mode": "ratio", "badam_update_ratio": 0.15}
+
 METHODS: dict[str, dict[str, object]] = {
     "full": {"finetuning_type": "full"},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "lora_dropout": {"finetuning_type": "lora", "lora_dropout": 0.2},
     "dora": {"finetuning_type": "lora", "use_dora": True},
     "pissa": {"finetuning_type": "lora", "pissa_init": True, "lora_dropout": 0.1},
+    "badam_ascending": BADAM | {"pure_bf16": True, "bf16": None},
+    "badam_descending": BADAM | {"badam_switch_mode": "descending"},
+    "badam_random": BADAM | {"badam_switch_mode": "random", "badam_start_block": 1},
+    "badam_fixed": BADAM | {"badam_switch_mode": "fixed", "badam_start_block": 2},
+    "badam_adjacent": RATIO,
+    "badam_scatter": RATIO | {"badam_mask_mode": "scatter", "pure_bf16": True, "bf16": None},
 }
 
 
