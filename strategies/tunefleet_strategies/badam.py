@@ -100,9 +100,7 @@ class BAdam(Strategy):
     badam_include_lm_head: bool = Field(
         default=False, description="Train the head and the final norm too; in layer mode a block."
     )
-    optimizer_backend: OptimizerBackend = Field(
-        default="native", description=BACKEND_WORDS
-    )
+    optimizer_backend: OptimizerBackend = Field(default="native", description=BACKEND_WORDS)
 
     @model_validator(mode="after")
     def _consistent(self) -> BAdam:

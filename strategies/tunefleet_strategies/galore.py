@@ -108,9 +108,7 @@ class GaLore(Strategy):
         description="How weights held in bf16 take an update: nearest, or stochastic, which keeps small ones on "
         "average.",
     )
-    optimizer_backend: OptimizerBackend = Field(
-        default="native", description=BACKEND_WORDS
-    )
+    optimizer_backend: OptimizerBackend = Field(default="native", description=BACKEND_WORDS)
 
     @model_validator(mode="before")
     @classmethod

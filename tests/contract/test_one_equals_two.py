@@ -61,9 +61,7 @@ def test_a_rank_without_samples_contributes_zeros(pair: list[dict[Any, Any]]) ->
     assert float((first["moved"] - one["moved"]).norm()) <= 1e-4 * float(one["moved"].norm())
 
 
-def test_ratio_mode_refuses_two_workers_but_not_a_group_of_one(
-    pair: list[dict[Any, Any]], tmp_path: Path
-) -> None:
+def test_ratio_mode_refuses_two_workers_but_not_a_group_of_one(pair: list[dict[Any, Any]], tmp_path: Path) -> None:
     for rank in pair:
         told = rank["badam_ratio", REFUSAL]
         assert told == (

@@ -24,6 +24,8 @@ PROMISED = {
     "pissa_sft": "lora",
     "galore_sft": "galore",
     "galore_layerwise_sft": "galore",
+    "badam_layer_sft": "badam",
+    "badam_ratio_sft": "badam",
 }
 
 by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -16,7 +16,7 @@ from tunefleet.worker.events import Event, Stepped
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-QUICK = [("full", 1), ("lora_dropout", 2), ("galore", 1)]
+QUICK = [("full", 1), ("lora_dropout", 2), ("galore", 1), ("badam_ascending", 1)]
 SLOW = [
     ("full", 2),
     ("freeze", 1),
@@ -29,6 +29,13 @@ SLOW = [
     ("galore", 2),
     ("galore_layerwise", 1),
     *((f"galore_{mode}", 1) for mode in ("svd", "reverse_std", "right", "left", "full")),
+    ("badam_ascending", 2),
+    ("badam_descending", 1),
+    ("badam_random", 1),
+    ("badam_random", 2),
+    ("badam_fixed", 1),
+    ("badam_adjacent", 1),
+    ("badam_scatter", 1),
 ]
 CELLS = [*QUICK, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in SLOW)]
 

@@ -29,6 +29,15 @@ GALORE: dict[str, object] = {
     "galore_scale": 1.0,
     "galore_update_interval": 7,
 }
+# Visits end neither where checkpoints are nor where workers are killed; a round is over before the first checkpoint.
+BADAM: dict[str, object] = {
+    "finetuning_type": "full",
+    "use_badam": True,
+    "badam_switch_interval": 3,
+    "badam_include_embedding": True,
+    "badam_include_lm_head": True,
+}
+RATIO: dict[str, object] = {**BADAM, "badam_mode": "ratio", "badam_update_ratio": 0.15}
 
 METHODS: dict[str, dict[str, object]] = {
     "full": {"finetuning_type": "full"},
@@ -43,6 +52,12 @@ METHODS: dict[str, dict[str, object]] = {
     "galore_right": GALORE | {"galore_proj_type": "right", "galore_refresh": "eigh"},
     "galore_left": GALORE | {"galore_proj_type": "left", "pure_bf16": True, "bf16_rounding": "stochastic"},
     "galore_full": GALORE | {"galore_proj_type": "full"},
+    "badam_ascending": BADAM | {"pure_bf16": True, "bf16": None},
+    "badam_descending": BADAM | {"badam_switch_mode": "descending"},
+    "badam_random": BADAM | {"badam_switch_mode": "random", "badam_start_block": 1},
+    "badam_fixed": BADAM | {"badam_switch_mode": "fixed", "badam_start_block": 2},
+    "badam_adjacent": RATIO,
+    "badam_scatter": RATIO | {"badam_mask_mode": "scatter", "pure_bf16": True, "bf16": None},
 }
 
 

@@ -54,6 +54,7 @@ class VisitingAdamW(MethodOptimizer, ABC):
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._settings: dict[str, Setting] = {**settings, "interval": interval}
         self._unsaid: list[str] = []
+        self._announced = False
 
     @abstractmethod
     def _activate(self) -> None:
@@ -74,6 +75,7 @@ class VisitingAdamW(MethodOptimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._announce()
         in_visit = updates_in_visit(self.updates, self.interval)
         for group in self.param_groups:
             self._update(group, in_visit + 1)
@@ -85,15 +87,21 @@ class VisitingAdamW(MethodOptimizer, ABC):
     def _begin_visit(self) -> None:
         self.state.clear()
         self._activate()
-        if self.verbose:
-            first = self.updates - updates_in_visit(self.updates, self.interval) + 1
-            span = f"From update {first} on"
-            if self.interval != NEVER:
-                span = f"Updates {first} to {first + self.interval - 1}"
-            self._unsaid.append(f"{span}: {self._about_visit()}.")
+        self._announced = False
+
+    def _announce(self) -> None:
+        """Say what the visit trains, once, with its first update (or the first after loading)."""
+        if self._announced or not self.verbose:
+            return
+        first = self.updates - updates_in_visit(self.updates, self.interval) + 1
+        span = (
+            f"From update {first} on" if self.interval == NEVER else f"Updates {first} to {first + self.interval - 1}"
+        )
+        self._unsaid.append(f"{span}: {self._about_visit()}.")
+        self._announced = True
 
     def messages(self) -> list[str]:
-        """One sentence for each visit that has begun since the last call."""
+        """One sentence for each visit whose first update came since the last call."""
         said, self._unsaid = self._unsaid, []
         return said
 

@@ -294,12 +294,16 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_it_says_where_its_windows_are() -> None:
     model = Weights({"matrix": (20, 10)})
     optimizer = ours(model, ratio=0.3, interval=2, verbose=2)
-    for number in range(6):
+    for number in range(7):
         model.backward(number)
         optimizer.step()
     told = optimizer.messages()
     assert [text.partition(":")[0] for text in told] == [f"Updates {n} to {n + 1}" for n in (1, 3, 5, 7)]
     assert told[1].endswith("visit 1: matrix 60:120.")
     assert told[3].endswith("visit 3: matrix 180:200 and 0:40.")
-    assert "matrix" not in ours(model, ratio=0.3, interval=2, verbose=1).messages()[0]
-    assert ours(model, ratio=0.3, interval=2).messages() == []
+    for verbose, count in ((1, 1), (0, 0)):
+        other = ours(model, ratio=0.3, interval=2, verbose=verbose)
+        other.step()
+        briefly = other.messages()
+        assert len(briefly) == count
+        assert all("matrix" not in text for text in briefly)
