@@ -9,7 +9,8 @@ import json
 import logging
 import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,7 @@ def main() -> None:
         _print_plain(_errors, str(error), "red")
         sys.exit(1)
     except KeyboardInterrupt:
+        _print_plain(_errors, "Broken off.")
         sys.exit(130)
 
 
@@ -69,11 +71,14 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT loads it, and nothing here computes with it
 
 
-def _hide_progress_bars() -> None:
-    """One short command, one answer: no bars for the loading of its model."""
+@contextmanager
+def _only_the_answer() -> Iterator[None]:
+    """One short command, one answer: no bars for the loading of its model, nothing of libraries on stdout."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def _read(path: Path, overrides: list[str] | None, address: str | None = None) -> Recipe:
@@ -153,9 +158,9 @@ def data(
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Show tokenised rows; what is learned stands out from what is only read."""
+    """Show tokenised rows; what is learned stands out in colour, or in a file between [[ and ]]."""
     read = _read(recipe, overrides)
-    from tunefleet.data.show import rows_as_json, rows_as_text
+    from tunefleet.data.show import rows_as_json, rows_as_plain, rows_as_text
     from tunefleet.launch.display import open_display
     from tunefleet.launch.draft import tokenised
     from tunefleet.launch.tables import data_table
@@ -170,6 +175,10 @@ def data(
         _print_json(rows_as_json(prepared.train, tokenizer, rows))
         return
     _console.print(data_table(prepared))
+    if not _console.is_terminal:
+        for row in rows_as_plain(prepared.train, tokenizer, rows):
+            _print_plain(_console, row)
+        return
     for text in rows_as_text(prepared.train, tokenizer, rows):
         _console.print(text)
 
@@ -185,8 +194,8 @@ def export(
     """Merge an adapter into its base: a folder that transformers loads by itself."""
     from tunefleet.artifacts.export import export as write
 
-    _hide_progress_bars()
-    written = write(source, to, dtype=dtype, base=base)
+    with _only_the_answer():
+        written = write(source, to, dtype=dtype, base=base)
     if as_json:
         _print_json({"folder": str(written)})
     else:
@@ -207,10 +216,10 @@ def generate(
     """Answer one prompt."""
     from tunefleet.artifacts.generate import answer
 
-    _hide_progress_bars()
-    text = answer(
-        folder, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base=base, seed=seed
-    )
+    with _only_the_answer():
+        text = answer(
+            folder, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base=base, seed=seed
+        )
     if as_json:
         _print_json({"prompt": prompt, "answer": text})
     else:

@@ -9,7 +9,7 @@ import pytest
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import Refused
-from tunefleet.launch.home import bring_home, refuse_foreign_output
+from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unwritable
 from tunefleet.storage import place
 
 
@@ -44,8 +44,14 @@ def test_files_of_something_else_are_left_alone(folder: RunFolder, tmp_path: Pat
     refuse_foreign_output(output, folder, overwrite=True)
 
 
-def test_a_file_in_its_place_is_refused_in_any_case(folder: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(Refused, match="is a file: choose another"):
-            refuse_foreign_output(tmp_path / "out", folder, overwrite)
+@pytest.mark.parametrize("folder", ["thesis.txt", "thesis.txt/out", "/proc/out"])
+def test_what_cannot_be_written_to_is_refused(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(Refused, match=r"output_dir: .* cannot be written to \(.*\): choose another output_dir"):
+        refuse_unwritable(tmp_path / folder, "output_dir")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_can_be_written_to_is_made_and_left_empty(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path / "a" / "b", "output_dir")
+    assert list((tmp_path / "a" / "b").iterdir()) == []

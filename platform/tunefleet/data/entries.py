@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tunefleet.data.formats import Columns, Formatting, Layout, Tags, default_columns, default_tags
+from tunefleet.data.settings import DEFAULT_FOLDER
 from tunefleet.errors import Refused
 
 INFO_FILE = "dataset_info.json"
@@ -82,6 +83,11 @@ def _from_hub(name: str, entries: Mapping[str, Any], folder: Path) -> Source:
         raise Refused(
             f"The data set `{name}` is neither an entry of {folder / INFO_FILE} nor an existing path: "
             f"correct `dataset` or `dataset_dir`.{close}"
+        )
+    if folder != Path(DEFAULT_FOLDER) and not folder.is_dir():
+        raise Refused(
+            f"The data set `{name}` is no existing path, and `dataset_dir: {folder}` is no folder: correct one of them "
+            "(dataset_dir: ONLINE looks on the hub only)."
         )
     return Source(name, hub=HubName(name))
 

@@ -48,6 +48,8 @@ class Sequence1D:
 
     ids: Int32
     labels: Int32
+    cut: bool = False
+    """Whether `cutoff_len` left something out."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def masked(turns: Sequence[TurnIds], masking: Masking) -> Sequence1D:
     return Sequence1D(
         np.array([token for ids, _ in pieces for token in ids], dtype=np.int32),
         np.array([label for _, labels in pieces for label in labels], dtype=np.int32),
+        cut=sum(len(ids) for ids, _ in pieces) < sum(len(turn.prompt) + len(turn.answer) for turn in turns),
     )
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the key: raised whenever the same settings and rows would give other token rows than before.
-_FORMAT = 1
+_FORMAT = 2
 _SHOWN_BAD_ROWS = 5
 _LOOKED_AT = 100
 
@@ -135,13 +135,7 @@ class _Making:
         held_out = self._encoded(eval_sources, bad, "evaluation") if eval_sources else []
         if self.settings.val_size:
             train, held_out = _split(train, self.settings.val_size, self.seed)
-        notices = []
-        cut = sum(len(sequences) for sequences in (*train, *held_out)) - len(train) - len(held_out)
-        if cut and self.template is not None:
-            notices.append(
-                f"The chat template rewrites earlier turns: {len(train) + len(held_out):,} conversations became "
-                f"{cut + len(train) + len(held_out):,} rows, so that each answer follows the prompt it will meet."
-            )
+        notices = self._notices([*train, *held_out])
         self._write(folder / "train.arrow", train)
         if held_out:
             self._write(folder / "evaluation.arrow", held_out)
@@ -153,6 +147,23 @@ class _Making:
             "first_bad_rows": [asdict(row) for row in bad[:_SHOWN_BAD_ROWS]],
             "notices": notices,
         }
+
+    def _notices(self, conversations: Sequence[Sequence[Sequence1D]]) -> list[str]:
+        """What a person should know of how the rows came to be."""
+        notices: list[str] = []
+        rows = sum(len(sequences) for sequences in conversations)
+        if rows > len(conversations) and self.template is not None:
+            notices.append(
+                f"The chat template rewrites earlier turns: {len(conversations):,} conversations became {rows:,} rows, "
+                "so that each answer follows the prompt it will meet."
+            )
+        cut = sum(one.cut for sequences in conversations for one in sequences)
+        if cut:
+            notices.append(
+                f"{cut:,} of {rows:,} rows {'is' if cut == 1 else 'are'} longer than cutoff_len "
+                f"{self.settings.cutoff_len:,} and cut."
+            )
+        return notices
 
     def _encoded(self, sources: Sequence[Source], bad: list[BadRow], what: str) -> list[list[Sequence1D]]:
         """The sequences of every good row of `sources`, in order; the others are appended to `bad`."""

@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
 from tunefleet.settings import Settings
 
+DEFAULT_FOLDER = "data"
+"""Where `dataset_info.json` is looked for; it need not be there."""
+
 
 def read_pieces(value: object) -> object:
     """Cut a comma string into its pieces; a YAML list passes through with its pieces stripped.
@@ -49,7 +52,9 @@ class DataSettings(Settings):
     )
     eval_dataset: Pieces = Field((), description="What is evaluated on, named as in `dataset`. Excludes `val_size`.")
     dataset_dir: str = Field(
-        "data", min_length=1, description="The folder that holds `dataset_info.json` and the files that it names."
+        DEFAULT_FOLDER,
+        min_length=1,
+        description="The folder that holds `dataset_info.json` and the files that it names.",
     )
     template: str | None = Field(
         None,

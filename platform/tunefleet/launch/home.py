@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 from tunefleet.artifacts.folder import RunFolder
@@ -14,14 +15,26 @@ _MARKER = "run.json"
 """The file of an output folder that names the run which wrote it."""
 
 
+def refuse_unwritable(folder: Path, key: str) -> None:
+    """See that a folder can be written to, now rather than after the training. Makes it.
+
+    Raises:
+        Refused: it cannot, named by the key of the recipe that led there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Refused(f"{key}: {folder} cannot be written to ({error.strerror}): choose another {key}.") from error
+
+
 def refuse_foreign_output(output_dir: Path, folder: RunFolder, overwrite: bool) -> None:
     """Leave files alone that this run has not written.
 
     Raises:
-        Refused: the folder is none, or holds files of something else.
+        Refused: the folder holds files of something else.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise Refused(f"output_dir {output_dir} is a file: choose another output_dir.")
     if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     if _writer(output_dir) != folder.root.uri:

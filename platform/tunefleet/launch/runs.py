@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.record import RESULT
 from tunefleet.errors import Refused
+from tunefleet.launch.home import refuse_unwritable
 from tunefleet.plan import Plan, differences, mathematics
 from tunefleet.storage import Place, forget_after, newest_complete, place, step_of
 
@@ -33,7 +34,7 @@ def claimed(folder: RunFolder) -> Iterator[None]:
     if local is None:
         yield
         return
-    local.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(local, "ray_storage_path")
     lock = FileLock(local / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -91,8 +92,11 @@ def _continue(plan: Plan, folder: RunFolder) -> list[str]:
     if not plan.resumable:
         _clear(folder)
         return [f"The unfinished run {plan.place.run_name} keeps nothing to go on from and begins anew."]
-    _refuse_differences(plan, folder)
     newest, notices = newest_complete(folder.checkpoints)
+    if newest is None and _changed(plan, folder):
+        _clear(folder)
+        return [*notices, f"The unfinished run {plan.place.run_name} has no checkpoint: it begins anew, as changed."]
+    _refuse_differences(plan, folder)
     if newest is None:
         return notices
     return [*notices, f"The run {plan.place.run_name} goes on from step {step_of(newest)}."]
@@ -135,9 +139,21 @@ def _clear(folder: RunFolder) -> None:
         part.delete()
 
 
+def _changed(plan: Plan, folder: RunFolder) -> list[str]:
+    """What this recipe does otherwise than the one that the run was started with."""
+    record = folder.record.child(_MATHEMATICS)
+    try:
+        recorded: dict[str, object] = json.loads(record.read_text())
+    except ValueError as error:
+        raise Refused(
+            f"{record.uri} is damaged, so it cannot be told what the unfinished run {plan.place.run_name} was started "
+            f"with: write resume_from_checkpoint: false to start anew, or choose another ray_run_name."
+        ) from error
+    return differences(recorded, json.loads(json.dumps(mathematics(plan))))
+
+
 def _refuse_differences(plan: Plan, folder: RunFolder) -> None:
-    recorded = json.loads(folder.record.child(_MATHEMATICS).read_text())
-    changed = differences(recorded, json.loads(json.dumps(mathematics(plan))))
+    changed = _changed(plan, folder)
     if changed:
         raise Refused(
             f"The unfinished run {plan.place.run_name} was started with other values ({'; '.join(changed)}): restore "

@@ -19,13 +19,13 @@ from tunefleet.errors import Refused, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
 from tunefleet.launch.draft import draft
-from tunefleet.launch.home import bring_home, refuse_foreign_output
+from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unwritable
 from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import Recipe
-from tunefleet.storage import Place, place
+from tunefleet.storage import Place, newest_complete, place, step_of
 from tunefleet.worker.failures import failures, last_failure
 from tunefleet.worker.job import JobConfig
 from tunefleet.worker.mailbox import collect, open_mailbox
@@ -68,15 +68,20 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         folder = RunFolder(storage.child(plan.place.run_name))
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
         refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
+        refuse_unwritable(output_dir, "output_dir")
         stack.enter_context(claimed(folder))
         notices = open_run(plan, folder)
         for text in (*plan.notices, *notices):
             display.note(text)
+        wish = stack.enter_context(stop_wishes())
         stack.enter_context(display)
         if not joins:
             stack.enter_context(ray_session(recipe.ray))
-        wish = stack.enter_context(stop_wishes())
-        summary = _fit(plan, storage, folder, display, wish)
+        try:
+            summary = _fit(plan, storage, folder, display, wish)
+        except KeyboardInterrupt:
+            display.note(_what_is_left(folder))
+            raise
         if not summary["stopped"]:
             bring_home(folder, output_dir, recipe.run.plot_loss)
         return Outcome(plan, folder.root, output_dir, summary, wish.exit_code if summary["stopped"] else 0)
@@ -114,6 +119,13 @@ def _fit(plan: Plan, storage: Place, folder: RunFolder, display: Display, wish: 
         display.show(event)
     ray.kill(mailbox)
     return fit.summary(folder)
+
+
+def _what_is_left(folder: RunFolder) -> str:
+    """What a run that was broken off goes on from."""
+    newest, _ = newest_complete(folder.checkpoints)
+    left = "before its first checkpoint" if newest is None else f"the same command goes on from step {step_of(newest)}"
+    return f"broken off: {left}"
 
 
 class _Fit(threading.Thread):
