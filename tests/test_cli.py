@@ -273,7 +273,8 @@ def test_methods_are_listed_with_names_and_keys(command: Command, monkeypatch: p
     answer = command("methods")
     assert answer.code == 0
     for method in listed.values():
-        assert f"finetuning_type: {method['name']} " in answer.out
+        assert f"finetuning_type: {method['selector']['finetuning_type']}" in answer.out
+        assert all(key in answer.out for key in method["selector"])
         assert method["summary"].split()[0] in answer.out
 
 
