@@ -20,16 +20,16 @@ VARIANTS: dict[str, Strategy] = {
     "rslora": Lora(lora_rank=4, use_rslora=True, lora_alpha=4),
     "loraplus": Lora(lora_rank=4, loraplus_lr_ratio=4.0),
     "pissa": Lora(lora_rank=4, pissa_init=True, pissa_iter=4),
-    "galore": GaLore(galore_rank=4, galore_update_interval=3, galore_scale=1.0),
+    "galore": GaLore(galore_rank=2, galore_update_interval=3, galore_scale=1.0),
     "galore_eigh": GaLore(
-        galore_rank=4,
+        galore_rank=2,
         galore_update_interval=2,
         galore_scale=1.0,
         galore_proj_type="reverse_std",
         galore_refresh="eigh",
         galore_stagger=True,
     ),
-    "galore_layerwise": GaLore(galore_rank=4, galore_update_interval=3, galore_scale=1.0, galore_layerwise=True),
+    "galore_layerwise": GaLore(galore_rank=2, galore_update_interval=3, galore_scale=1.0, galore_layerwise=True),
     # Intervals so short that even a few updates visit every block, and wrap around.
     "badam_layer": BAdam(badam_switch_interval=2, badam_include_embedding=True, badam_include_lm_head=True),
     "badam_ratio": BAdam(

@@ -46,11 +46,13 @@ METHODS: dict[str, dict[str, object]] = {
     "dora": {"finetuning_type": "lora", "use_dora": True},
     "pissa": {"finetuning_type": "lora", "pissa_init": True, "lora_dropout": 0.1},
     "galore": GALORE,
-    "galore_layerwise": GALORE | {"galore_layerwise": True, "galore_proj_type": "full", "pure_bf16": True},
+    "galore_layerwise": GALORE
+    | {"galore_layerwise": True, "galore_proj_type": "full", "bf16": None, "pure_bf16": True},
     "galore_svd": GALORE | {"galore_refresh": "svd", "galore_stagger": True},
     "galore_reverse_std": GALORE | {"galore_proj_type": "reverse_std"},
     "galore_right": GALORE | {"galore_proj_type": "right", "galore_refresh": "eigh"},
-    "galore_left": GALORE | {"galore_proj_type": "left", "pure_bf16": True, "bf16_rounding": "stochastic"},
+    "galore_left": GALORE
+    | {"galore_proj_type": "left", "bf16": None, "pure_bf16": True, "bf16_rounding": "stochastic"},
     "galore_full": GALORE | {"galore_proj_type": "full"},
     "badam_ascending": BADAM | {"pure_bf16": True, "bf16": None},
     "badam_descending": BADAM | {"badam_switch_mode": "descending"},
