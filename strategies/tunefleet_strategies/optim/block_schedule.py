@@ -68,10 +68,6 @@ class BlockSchedule:
             drawn.insert(0, self.start)
         return tuple(drawn)
 
-    def switches_after(self, updates: int) -> bool:
-        """Whether a visit ends with the last of `updates` applied updates. The next one may be to the same block."""
-        return updates > 0 and updates_in_visit(updates, self.interval) == 0 and self.interval != NEVER
-
     def visited(self, updates: int) -> frozenset[int]:
         """The blocks that a run of so many updates trains."""
         if updates <= 0:

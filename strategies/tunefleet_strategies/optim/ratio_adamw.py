@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -136,7 +137,7 @@ class RatioAdamW(VisitingAdamW):
         operands = Operands()
         for parameter in parameters:
             window, flat = self.window(parameter), parameter.detach().view(-1)  # (n,)
-            state = self._moments(parameter, lambda window=window, flat=flat: window.take(flat))  # type: ignore[misc]
+            state = self._moments(parameter, partial(window.take, flat))
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # untouched = zero
             active = window.take(gradient.reshape(-1)).float()  # (k,)
             values = state["master"] if "master" in state else window.take(flat)
