@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
-from tunefleet.models import load_model, load_tokenizer, meta_model, model_shape
+from tunefleet.models import check_weights, load_model, load_tokenizer, meta_model, model_shape
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,17 @@ def test_damaged_weights_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="cannot be loaded") as refusal:
         load_model(settings(tmp_path))
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_are_seen_to_be_whole_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    check_weights(settings(folder))
+    check_weights(settings("someone/somewhere"))  # a name on the hub
+    with pytest.raises(Refused, match="holds no weights"):
+        check_weights(settings(tmp_path))
+    whole = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Refused, match=r"model\.safetensors are damaged \(.*\): copy or download them again"):
+        check_weights(settings(tmp_path))
 
 
 def test_remote_code_runs_only_when_it_is_asked_for(tmp_path: Path) -> None:

@@ -42,6 +42,23 @@ _console = Console()
 _errors = Console(stderr=True)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from tunefleet import __version__
+
+        sys.stdout.write(f"tunefleet {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 def main() -> None:
     """Run a command and turn its errors into one sentence and an exit code."""
     from tunefleet.recipe.problems import RecipeError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +41,28 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         "tokenizer",
         lambda name: AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code),
     )
+
+
+def check_weights(settings: ModelSettings) -> None:
+    """See that a local folder holds whole weights, without reading them. Names on the hub are not asked about.
+
+    Raises:
+        Refused: weights are missing or cut off.
+    """
+    folder = Path(settings.model_name_or_path).expanduser()
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise Refused(
+            f"model_name_or_path {folder} holds no weights (*.safetensors): copy them there, or name another folder."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"The weights in {file} are damaged ({error}): copy or download them again.") from error
 
 
 def load_model(

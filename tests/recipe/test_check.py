@@ -35,6 +35,8 @@ def line(key: str, value: object) -> str:
         ("learning_rate", "1e", "'1e' is not a number"),
         ("learning_rate", False, "false is not a number"),
         ("learning_rate", 0, "0 must be greater than 0"),
+        ("max_steps", 1e30, "is too large; write at most 4294967295"),
+        ("cutoff_len", 10**24, "is too large; write at most 4294967295"),
         ("learning_rate", float("nan"), "nan is not a number to train with"),
         ("learning_rate", float("inf"), "inf is not a number to train with"),
         ("output_dir", 7, "7 is not text; write '7' with the quotes"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tunefleet.data.prepare import PreparedData
@@ -41,7 +41,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("updates", _or_unknown(batch.updates)),
         ("updates an epoch", _or_unknown(batch.updates_per_epoch)),
-        ("warm-up", f"{_or_unknown(batch.warmup_updates)} updates, then {plan.recipe.training.lr_scheduler_type}"),
+        ("warm-up updates", _or_unknown(batch.warmup_updates)),
+        ("schedule", plan.recipe.training.lr_scheduler_type),
         ("learning rate", f"{plan.recipe.training.learning_rate:g}"),
         ("logging", f"every {plan.cadence.logging} updates"),
         ("checkpoints", _every(plan.cadence.saving)),
@@ -87,10 +88,10 @@ def data_table(prepared: PreparedData) -> Table:
 
 def methods_table(registered: Iterable[type[Strategy]]) -> Table:
     """One line a method: how it is selected, what it is, its keys."""
-    table = Table("method", "selected by", "what it does", "keys")
+    table = Table("method", "selected by", "what it does", Column("keys", no_wrap=True))
     for method in registered:
         selector = ", ".join(f"{key}: {str(value).lower()}" for key, value in method.selector.items())
-        table.add_row(method.name, selector, Text(method.summary), ", ".join(method.model_fields) or "none")
+        table.add_row(method.name, selector, Text(method.summary), "\n".join(method.model_fields) or "none")
     return table
 
 

@@ -23,6 +23,7 @@ from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unwr
 from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
+from tunefleet.models import check_weights
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import Recipe
 from tunefleet.storage import Place, newest_complete, place, step_of
@@ -64,6 +65,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         cluster = joined_shape() if joins else local_shape(recipe.ray)
         with display.preparing() as stages:
             plan = draft(recipe, cluster, root, stages)
+        check_weights(recipe.model)
         storage = place(plan.place.storage_path, base=root)
         folder = RunFolder(storage.child(plan.place.run_name))
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()

@@ -34,6 +34,9 @@ _RANGES: Mapping[str, tuple[str, str]] = {
 }
 
 
+LARGEST = 2**32 - 1
+"""The largest whole number that a recipe may hold: that of seeds, and no count needs more."""
+
 _WRONG_PIECES: Mapping[str, str] = {
     "string_type": "is not text",
     "int_type": "is not a whole number",
@@ -128,6 +131,8 @@ def _mismatch(key: str, value: object, owner: type[BaseModel]) -> Problem | None
     """Say that a value has another type than its key. pydantic would read `true` as 1 and `"10"` as ten."""
     if isinstance(value, float) and not math.isfinite(value):
         return Problem(key, f"{value} is not a number to train with", _example(key, owner))
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return Problem(key, f"{shown(value)} is too large", f"write at most {LARGEST}")
     schema = properties(owner)[key]
     types = json_types(schema)
     kind = _json_type(value)
