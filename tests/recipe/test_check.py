@@ -29,7 +29,7 @@ def line(key: str, value: object) -> str:
         ("seed", "42", "'42' is text; write 42 without the quotes"),
         ("seed", 1.5, "1.5 is not a whole number"),
         ("seed", [1], "[1] is not a whole number"),
-        ("seed", 2**32, "must be less than 4294967296"),
+        ("seed", 2**32, "is too large; write at most 4294967295"),
         ("bf16", 1, "1 is not true or false"),
         ("bf16", "yes please", "is not true or false"),
         ("learning_rate", "1e", "'1e' is not a number"),
