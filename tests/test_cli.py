@@ -279,6 +279,20 @@ def test_methods_are_listed_with_names_and_keys(command: Command, monkeypatch: p
         assert method["summary"].split()[0] in answer.out
 
 
+def test_the_matrix_says_where_each_method_runs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = command("methods", "--matrix", "--json").json()
+    ratio = next(line for line in lines if line["form"] == "badam_mode: ratio")
+    assert [cell["refusal"] for cell in ratio["cells"]][:2] == [None, "badam with badam_mode: ratio runs on one worker"]
+    monkeypatch.setenv("COLUMNS", "200")
+    answer = command("methods", "--matrix")
+    assert answer.code == 0
+    assert "badam with badam_mode: ratio runs on one worker" in answer.out
+    assert (
+        command("methods", "--matrix", "--markdown").out
+        == (Path(__file__).resolve().parents[1] / "docs" / "places.md").read_text()
+    )
+
+
 def test_the_schema_is_a_json_schema_of_recipes(command: Command) -> None:
     schema = command("schema").json()
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -258,12 +259,18 @@ def schema(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(
+    as_json: AsJson = False,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Where each method runs, and what refuses it.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The matrix as a page (docs/places.md).")] = False,
+) -> None:
     """List the tuning methods, each with how it is selected and the keys that it owns."""
     from tunefleet.launch.tables import methods_table
     from tunefleet_strategies.registry import methods as registered
 
-    if as_json:
+    if matrix or markdown:
+        _print_matrix(as_json, markdown)
+    elif as_json:
         _print_json(
             [
                 {
@@ -275,8 +282,23 @@ def methods(as_json: AsJson = False) -> None:
                 for method in registered()
             ]
         )
-        return
-    _console.print(methods_table(registered()))
+    else:
+        _console.print(methods_table(registered()))
+
+
+def _print_matrix(as_json: bool, markdown: bool) -> None:
+    from tunefleet.launch.tables import matrix_table
+    from tunefleet.places import matrix, matrix_markdown
+
+    if markdown:
+        sys.stdout.write(matrix_markdown())
+    elif as_json:
+        _print_json([asdict(line) for line in matrix()])
+    else:
+        table, sentences = matrix_table(matrix())
+        _console.print(table)
+        for sentence in sentences:
+            _print_plain(_console, sentence)
 
 
 @app.command()

@@ -14,12 +14,13 @@ from pydantic import BeforeValidator, ConfigDict, JsonValue, PlainSerializer
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
+from tunefleet.places import NOT_BUILT, forbidden_sharding, limited, too_many_workers
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
 from tunefleet.shapes import ClusterShape, DataShape
 from tunefleet.training.precision import resolve
-from tunefleet_strategies.contract import ModelShape, Precision, Strategy, Traits
+from tunefleet_strategies.contract import ModelShape, Precision, Traits
 
 
 class WorkerPlan(Settings):
@@ -143,7 +144,7 @@ def make_plan(
     """
     traits = recipe.method.traits()
     workers = _worker_plan(recipe, traits, cluster)
-    _refuse_what_is_not_built(recipe)
+    _refuse_deepspeed(recipe, traits)
     if not traits.accumulation and recipe.training.gradient_accumulation_steps > 1:
         raise Refused(
             f"{limited(recipe.method)} cannot accumulate gradients, but gradient_accumulation_steps is "
@@ -205,12 +206,14 @@ def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse_what_is_not_built(recipe: Recipe) -> None:
-    if recipe.training.deepspeed is not None:
-        raise Refused(
-            "deepspeed is read but there is no DeepSpeed engine yet: leave the key out to train with plain data "
-            "parallelism over ray_num_workers."
-        )
+def _refuse_deepspeed(recipe: Recipe, traits: Traits) -> None:
+    if recipe.training.deepspeed is None:
+        return
+    mend = "leave the key out to train with plain data parallelism over ray_num_workers"
+    forbidden = None if traits.shardings else forbidden_sharding(recipe.method, "zero0")
+    if forbidden is not None:
+        raise Refused(f"{forbidden}, but deepspeed is written: {mend}.")
+    raise Refused(f"deepspeed is read, but {NOT_BUILT}: {mend}.")
 
 
 def _refuse_clipping(recipe: Recipe, traits: Traits) -> None:
@@ -243,19 +246,9 @@ def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
     ]
 
 
-def limited(method: Strategy) -> str:
-    """A method, and the line of the recipe that limits where it runs."""
-    line = method.traits().limited_by
-    return method.name if line is None else f"{method.name} with {line}"
-
-
-def workers_in_words(most: int) -> str:
-    """The most workers that a method runs on."""
-    return "one worker" if most == 1 else f"at most {most} workers"
-
-
-def _fewer_workers(recipe: Recipe, traits: Traits, most: int, count: int) -> str:
-    """The nearest recipe on `most` workers instead of `count`: the same global batch."""
+def _fewer_workers(recipe: Recipe, traits: Traits, count: int) -> str:
+    """The nearest recipe on as many workers as the method may have instead of `count`: the same global batch."""
+    most = traits.max_workers or count
     key = "gradient_accumulation_steps" if traits.accumulation else "per_device_train_batch_size"
     training = recipe.training
     now = training.gradient_accumulation_steps if traits.accumulation else training.per_device_train_batch_size
@@ -271,11 +264,9 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
             f"ray_num_workers: [{low}, {high}] asks for elastic workers, which are not built yet: write "
             f"ray_num_workers: {nearest}."
         )
-    if traits.max_workers is not None and count > traits.max_workers:
-        raise Refused(
-            f"{limited(recipe.method)} runs on {workers_in_words(traits.max_workers)}, but ray_num_workers is "
-            f"{count}: write {_fewer_workers(recipe, traits, traits.max_workers, count)}."
-        )
+    too_many = too_many_workers(recipe.method, count)
+    if too_many is not None:
+        raise Refused(f"{too_many}, but ray_num_workers is {count}: write {_fewer_workers(recipe, traits, count)}.")
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
     if not any(amount > 0 for amount in request.values()):
         raise Refused("resources_per_worker asks for nothing: write {CPU: 1} or {GPU: 1}, or leave it out.")

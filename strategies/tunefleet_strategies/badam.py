@@ -73,6 +73,10 @@ class BAdam(Strategy):
     name: ClassVar[str] = "badam"
     summary: ClassVar[str] = "one block of layers trains at a time, or a share of all entries"
     selector: ClassVar[Mapping[str, object]] = {"finetuning_type": "full", "use_badam": True}
+    forms: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "badam_mode: ratio": {"badam_mode": "ratio"},
+        "optimizer_backend: upstream": {"optimizer_backend": "upstream"},
+    }
     free: ClassVar[frozenset[str]] = frozenset({"badam_verbose"})
 
     badam_mode: Literal["layer", "ratio"] = Field(

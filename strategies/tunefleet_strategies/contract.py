@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -198,6 +199,8 @@ class Strategy(BaseModel, ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     selector: ClassVar[Mapping[str, object]]
+    forms: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
+    """Settings that give the method other traits than its defaults, by the words that name them."""
     free: ClassVar[frozenset[str]] = frozenset()
     """Arguments that change no number that is trained, so that an interrupted run may go on with others."""
 

@@ -79,6 +79,10 @@ class GaLore(Strategy):
     name: ClassVar[str] = "galore"
     summary: ClassVar[str] = "every parameter trains, the moments live in a subspace of the gradients"
     selector: ClassVar[Mapping[str, object]] = {"finetuning_type": "full", "use_galore": True}
+    forms: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "galore_layerwise: true": {"galore_layerwise": True},
+        "optimizer_backend: upstream": {"optimizer_backend": "upstream"},
+    }
 
     galore_target: Names = Field(
         default=(ALL,),

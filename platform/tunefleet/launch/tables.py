@@ -9,6 +9,7 @@ from rich.text import Text
 
 from tunefleet.data.prepare import PreparedData
 from tunefleet.launch.doctor import Finding
+from tunefleet.places import PLACES, Line, marked
 from tunefleet.plan import Plan
 from tunefleet_strategies.contract import Strategy
 
@@ -93,6 +94,16 @@ def methods_table(registered: Iterable[type[Strategy]]) -> Table:
         selector = ", ".join(f"{key}: {str(value).lower()}" for key, value in method.selector.items())
         table.add_row(method.name, selector, Text(method.summary), "\n".join(method.model_fields) or "none")
     return table
+
+
+def matrix_table(lines: Iterable[Line]) -> tuple[Table, list[str]]:
+    """Methods against places, and the numbered sentences that refuse."""
+    sentences: dict[str, int] = {}
+    table = Table("method", *(place.label for place in PLACES))
+    for line in lines:
+        name = f"{line.method}\n{line.form}" if line.form else line.method
+        table.add_row(name, *(marked(cell, sentences) for cell in line.cells))
+    return table, [f"({number}) {sentence}" for sentence, number in sentences.items()]
 
 
 def doctor_table(findings: Iterable[Finding]) -> Table:

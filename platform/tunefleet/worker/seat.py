@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from tunefleet.errors import Refused, RunFailed
-from tunefleet.plan import Plan, limited, workers_in_words
+from tunefleet.places import too_many_workers
+from tunefleet.plan import Plan
 from tunefleet.training.determinism import pin
 
 _T = TypeVar("_T")
@@ -92,11 +93,9 @@ def check_seat(plan: Plan, seat: Seat) -> None:
         RunFailed: there are more or fewer than planned.
     """
     # A world of one has an initialised process group as well, so it is the size that tells.
-    most = plan.recipe.method.traits().max_workers
-    if most is not None and seat.world > most:
-        raise Refused(
-            f"{limited(plan.recipe.method)} runs on {workers_in_words(most)}, but Ray started {seat.world}: "
-            f"write ray_num_workers: {most}."
-        )
+    too_many = too_many_workers(plan.recipe.method, seat.world)
+    if too_many is not None:
+        most = plan.recipe.method.traits().max_workers
+        raise Refused(f"{too_many}, but Ray started {seat.world}: write ray_num_workers: {most}.")
     if seat.world != plan.workers.count:
         raise RunFailed(f"Ray started {seat.world} worker(s) where the plan has {plan.workers.count}.")
