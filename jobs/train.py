@@ -10,7 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
 sys.path.insert(0, str(ROOT / "strategies"))
 
-from tunefleet.cli import main  # noqa: E402  (found by the two lines above)
+try:
+    from tunefleet.cli import main  # found by the two lines above
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"{sys.executable} has no package {error.name}: start Ray from an environment with tunefleet's dependencies "
+        "(make install), or put them into the cluster's image."
+    )
 
 if __name__ == "__main__":
     sys.argv.insert(1, "train")

@@ -172,7 +172,7 @@ class GaLore(Strategy):
 
     def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
         """Say what was cut or left as it is, and what half-precision weights without a master copy cost."""
-        told = low_precision_notices(model)
+        told = low_precision_notices(model) if self.bf16_rounding == "nearest" else []
         if "galore_scale" not in self.model_fields_set:
             told.append(
                 f"galore_scale is left out and {self.galore_scale:g}, as documented; LLaMA-Factory's own default is 2.0"
