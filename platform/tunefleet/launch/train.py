@@ -75,10 +75,10 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         notices = open_run(plan, folder)
         for text in (*plan.notices, *notices):
             display.note(text)
-        wish = stack.enter_context(stop_wishes())
         stack.enter_context(display)
         if not joins:
             stack.enter_context(ray_session(recipe.ray))
+        wish = stack.enter_context(stop_wishes())  # after Ray has started, which sets an answer to SIGTERM of its own
         try:
             summary = _fit(plan, storage, folder, display, wish)
         except KeyboardInterrupt:
