@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.result import Result
 
@@ -84,6 +85,8 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         except KeyboardInterrupt:
             display.note(_what_is_left(folder))
             raise
+        except RayError as error:  # as when a signal to the whole process group ends Ray's processes too
+            raise RunFailed(f"Ray ended during the run; it was {_what_is_left(folder)}.") from error
         if not summary["stopped"]:
             bring_home(folder, output_dir, recipe.run.plot_loss)
         return Outcome(plan, folder.root, output_dir, summary, wish.exit_code if summary["stopped"] else 0)
