@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tunefleet import cli
-from tunefleet.errors import Refused, RunFailed
+from tunefleet.errors import BrokenOff, Refused, RunFailed
 from tunefleet.plan import Plan
 from tunefleet.recipe.problems import Problem, RecipeError
 from tunefleet.storage import Damaged
@@ -394,6 +394,7 @@ def test_folders_that_do_not_fit_are_refused_with_code_two(
         (StrategyError("no such layer; name another"), 2, "no such layer; name another\n"),
         (RunFailed("The run failed."), 1, "The run failed.\n"),
         (Damaged("gone"), 1, "gone\n"),
+        (BrokenOff("Broken off: it goes on from step 3."), 130, "Broken off: it goes on from step 3.\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

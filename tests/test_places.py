@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.contract.variants import SHARED, VARIANTS
 
-from tunefleet.places import PLACES, Cell, Line, matrix, matrix_markdown, refusal
+from tunefleet.places import SITES, Cell, Line, matrix, matrix_markdown, refusal
 from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import Strategy
 from tunefleet_strategies.full import Full
@@ -21,7 +21,7 @@ RUN_ELSEWHERE = {("galore", "optimizer_backend: upstream"), ("badam", "optimizer
 
 
 def cells(method: Strategy) -> dict[str, Cell]:
-    return {place.label: refusal(method, place) for place in PLACES}
+    return {site.label: refusal(method, site) for site in SITES}
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -11,9 +11,10 @@ import pytest
 from torch import nn
 from torch.optim import Optimizer
 
+from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
-from tunefleet.plan import Plan, batch_schedule, differences, make_plan, mathematics, planned_precision
+from tunefleet.plan import Plan, batch_schedule, make_plan, planned_precision
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, DataShape, NodeShape, SplitShape
@@ -26,6 +27,7 @@ from tunefleet_strategies.contract import (
     ParameterShape,
     Precision,
     Strategy,
+    StrategyError,
     Traits,
 )
 from tunefleet_strategies.parts import Anatomy
@@ -120,7 +122,7 @@ def planned(
 
 
 def refusal(read: Recipe, cluster: ClusterShape = LAPTOP, shape: ModelShape = SHAPE) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises((Refused, StrategyError)) as caught:
         make_plan(read, shape, data(), cluster, "/work")
     sentence = str(caught.value)
     assert "\n" not in sentence
@@ -277,8 +279,19 @@ def test_ratio_mode_runs_on_one_worker_and_says_what_would_run() -> None:
 
 def test_a_form_of_adamw_refuses_another_optimizer() -> None:
     sentence = refusal(recipe(finetuning_type="full", use_badam=True, optim="sgd"))
-    assert sentence == "badam cannot use optim: sgd: write optim: adamw_torch."
+    assert sentence == "badam cannot use optim: sgd; write optim: adamw_torch"
+    sentence = refusal(recipe(finetuning_type="full", use_badam=True, optim="adamw_8bit"))
+    assert "adamw_8bit (it belongs to optimizer_backend: upstream)" in sentence
     assert planned(finetuning_type="full", optim="sgd").model.optimizer_bytes == 0
+
+
+def test_an_optimizer_without_decay_refuses_weight_decay() -> None:
+    keys: dict[str, Any] = {"finetuning_type": "full", "use_badam": True, "badam_mode": "ratio", "lora_rank": None}
+    keys |= {"weight_decay": 0.1, "gradient_accumulation_steps": 1}
+    assert refusal(recipe(**keys, optimizer_backend="upstream")) == (
+        "badam with badam_mode: ratio knows no weight decay, but weight_decay is 0.1: write weight_decay: 0."
+    )
+    assert make_plan(recipe(**keys), DECODER, data(), LAPTOP, "/work").recipe.training.weight_decay == 0.1
 
 
 def test_what_only_changes_what_is_said_may_change_in_a_continued_run() -> None:

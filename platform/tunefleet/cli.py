@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tunefleet.errors import Refused, RunFailed
+from tunefleet.errors import BrokenOff, Refused, RunFailed
 
 if TYPE_CHECKING:
     from tunefleet.recipe.sections import Recipe
@@ -78,8 +78,8 @@ def main() -> None:
     except RunFailed as error:
         _print_plain(_errors, str(error), "red")
         sys.exit(1)
-    except KeyboardInterrupt:
-        _print_plain(_errors, "Broken off.")
+    except BrokenOff as error:
+        _print_plain(_errors, str(error))
         sys.exit(130)
 
 

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends without its result. Each message is one sentence that ends with the mend."""
+"""The ways in which a command ends without its result. Each message is one sentence that ends with the mend."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class Refused(Exception):
 
 class RunFailed(Exception):
     """A run that had started came to grief. Exit code 1."""
+
+
+class BrokenOff(Exception):
+    """A person would not wait for a run to stop by itself. Exit code 130."""

@@ -10,7 +10,7 @@ from tunefleet_strategies.registry import methods
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """A number of workers, and the engine that shards over them."""
 
     label: str
@@ -19,13 +19,13 @@ class Place:
     """None = nothing is sharded: the plain engine."""
 
 
-PLACES = (
-    Place("1 worker", 1),
-    Place("data parallel", 2),
-    Place("ZeRO-0", 2, "zero0"),
-    Place("ZeRO-1", 2, "zero1"),
-    Place("ZeRO-2", 2, "zero2"),
-    Place("ZeRO-3", 2, "zero3"),
+SITES = (
+    Site("1 worker", 1),
+    Site("data parallel", 2),
+    Site("ZeRO-0", 2, "zero0"),
+    Site("ZeRO-1", 2, "zero1"),
+    Site("ZeRO-2", 2, "zero2"),
+    Site("ZeRO-3", 2, "zero3"),
 )
 
 BUILT: frozenset[Sharding] = frozenset()
@@ -36,7 +36,7 @@ NOT_BUILT = "there is no DeepSpeed engine yet"
 
 @dataclass(frozen=True)
 class Cell:
-    """Whether a method runs in a place."""
+    """Whether a method runs in a site."""
 
     place: str
     refusal: str | None
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One form of a method in every place."""
+    """One form of a method in every site."""
 
     method: str
     form: str
@@ -55,18 +55,12 @@ class Line:
     cells: tuple[Cell, ...]
 
 
-def limited(method: Strategy) -> str:
-    """A method, and the line of the recipe that limits where it runs."""
-    line = method.traits().limited_by
-    return method.name if line is None else f"{method.name} with {line}"
-
-
 def too_many_workers(method: Strategy, workers: int) -> str | None:
     """Why a method does not run on so many workers; None if it does."""
     most = method.traits().max_workers
     if most is None or workers <= most:
         return None
-    return f"{limited(method)} runs on {'one worker' if most == 1 else f'at most {most} workers'}"
+    return f"{method.label()} runs on {'one worker' if most == 1 else f'at most {most} workers'}"
 
 
 def forbidden_sharding(method: Strategy, sharding: Sharding) -> str | None:
@@ -75,8 +69,13 @@ def forbidden_sharding(method: Strategy, sharding: Sharding) -> str | None:
     if sharding in allowed:
         return None
     if not allowed:
-        return f"{limited(method)} does not run where weights or optimizer state are sharded"
-    return f"{limited(method)} is sharded by {' and '.join(sorted(map(in_words, allowed)))} only"
+        return unsharded_only(method)
+    return f"{method.label()} is sharded by {' and '.join(sorted(map(in_words, allowed)))} only"
+
+
+def unsharded_only(method: Strategy) -> str:
+    """The sentence on a method that no sharding engine carries."""
+    return f"{method.label()} does not run where weights or optimizer state are sharded"
 
 
 def in_words(sharding: Sharding) -> str:
@@ -84,29 +83,29 @@ def in_words(sharding: Sharding) -> str:
     return "FSDP2" if sharding == "fsdp2" else f"ZeRO-{sharding[-1]}"
 
 
-def refusal(method: Strategy, place: Place) -> Cell:
-    """Whether a method runs in a place."""
-    why = too_many_workers(method, place.workers if place.sharding is None else 1)
-    if why is None and place.sharding is not None:
-        why = forbidden_sharding(method, place.sharding)
+def refusal(method: Strategy, site: Site) -> Cell:
+    """Whether a method runs in a site."""
+    why = too_many_workers(method, site.workers if site.sharding is None else 1)
+    if why is None and site.sharding is not None:
+        why = forbidden_sharding(method, site.sharding)
     allowed = why is None
-    if allowed and place.sharding is not None and place.sharding not in BUILT:
+    if allowed and site.sharding is not None and site.sharding not in BUILT:
         why = NOT_BUILT
-    return Cell(place.label, why, allowed)
+    return Cell(site.label, why, allowed)
 
 
 def matrix() -> Iterator[Line]:
-    """Every method, in each form that its traits tell apart, in every place."""
+    """Every method, in each form that its traits tell apart, in every site."""
     for method in methods():
         for form, settings in {"": {}, **method.forms}.items():
             strategy = method.model_validate(settings)
-            yield Line(method.name, form, tuple(refusal(strategy, place) for place in PLACES))
+            yield Line(method.name, form, tuple(refusal(strategy, site) for site in SITES))
 
 
 def matrix_markdown() -> str:
     """The table as a page (docs/places.md)."""
     sentences: dict[str, int] = {}
-    rows = [f"| method | {' | '.join(place.label for place in PLACES)} |", "|---" * (len(PLACES) + 1) + "|"]
+    rows = [f"| method | {' | '.join(site.label for site in SITES)} |", "|---" * (len(SITES) + 1) + "|"]
     for line in matrix():
         name = f"{line.method}, `{line.form}`" if line.form else line.method
         rows.append(f"| {name} | {' | '.join(marked(cell, sentences) for cell in line.cells)} |")

@@ -7,14 +7,14 @@ run is refused here, in one sentence that names the keys that clash and the near
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, JsonValue, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
-from tunefleet.places import NOT_BUILT, forbidden_sharding, limited, too_many_workers
+from tunefleet.places import NOT_BUILT, too_many_workers, unsharded_only
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
@@ -144,17 +144,9 @@ def make_plan(
     """
     traits = recipe.method.traits()
     workers = _worker_plan(recipe, traits, cluster)
-    _refuse_deepspeed(recipe, traits)
-    if not traits.accumulation and recipe.training.gradient_accumulation_steps > 1:
-        raise Refused(
-            f"{limited(recipe.method)} cannot accumulate gradients, but gradient_accumulation_steps is "
-            f"{recipe.training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
-        )
-    _refuse_clipping(recipe, traits)
-    _refuse_optimizer(recipe, traits, workers)
+    _refuse(recipe, traits, workers)
     precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
     batch = _batch_plan(recipe, workers.count, data)
-    footprint = recipe.method.footprint(model, precision)
     return Plan(
         recipe=recipe,
         workers=workers,
@@ -165,14 +157,7 @@ def make_plan(
         ),
         batch=batch,
         cadence=_cadence_plan(recipe, batch),
-        model=ModelPlan(
-            architecture=model.architecture,
-            parameters=model.total,
-            trainable_parameters=model.trainable,
-            weight_bytes=footprint.weights,
-            gradient_bytes=footprint.gradients,
-            optimizer_bytes=0 if recipe.training.optim == "sgd" else footprint.optimizer_state,
-        ),
+        model=_model_plan(recipe, model, precision),
         data=_data_plan(data),
         place=PlacePlan(
             run_name=recipe.run_name,
@@ -206,42 +191,46 @@ def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _refuse(recipe: Recipe, traits: Traits, workers: WorkerPlan) -> None:
+    """Refuse what the method's traits exclude, whatever the model is."""
+    _refuse_deepspeed(recipe, traits)
+    label, training = recipe.method.label(), recipe.training
+    if not traits.accumulation and training.gradient_accumulation_steps > 1:
+        raise Refused(
+            f"{label} cannot accumulate gradients, but gradient_accumulation_steps is "
+            f"{training.gradient_accumulation_steps}: set it to 1 and raise per_device_train_batch_size."
+        )
+    if not traits.clipping and training.max_grad_norm > 0 and "max_grad_norm" in recipe.written:
+        raise Refused(
+            f"{label} uses each gradient before the norm of all is known, but max_grad_norm is "
+            f"{training.max_grad_norm:g}: write max_grad_norm: 0."
+        )
+    if not traits.decay and training.weight_decay > 0:
+        raise Refused(
+            f"{label} knows no weight decay, but weight_decay is {training.weight_decay:g}: write weight_decay: 0."
+        )
+    recipe.method.refuse_optimizer(training.optim)
+    if training.optim == "adamw_8bit" and workers.device != "cuda":
+        raise Refused(
+            f"optim: {training.optim} keeps its state in 8 bits by kernels that need a GPU, but resources_per_worker "
+            "gives none: write optim: adamw_torch, or ask for {GPU: 1}."
+        )
+
+
 def _refuse_deepspeed(recipe: Recipe, traits: Traits) -> None:
     if recipe.training.deepspeed is None:
         return
     mend = "leave the key out to train with plain data parallelism over ray_num_workers"
-    forbidden = None if traits.shardings else forbidden_sharding(recipe.method, "zero0")
-    if forbidden is not None:
-        raise Refused(f"{forbidden}, but deepspeed is written: {mend}.")
+    if not traits.shardings:
+        raise Refused(f"{unsharded_only(recipe.method)}, but deepspeed is written: {mend}.")
     raise Refused(f"deepspeed is read, but {NOT_BUILT}: {mend}.")
-
-
-def _refuse_clipping(recipe: Recipe, traits: Traits) -> None:
-    norm = recipe.training.max_grad_norm
-    if not traits.clipping and norm > 0 and "max_grad_norm" in recipe.written:
-        raise Refused(
-            f"{limited(recipe.method)} uses each gradient before the norm of all is known, but max_grad_norm is "
-            f"{norm:g}: write max_grad_norm: 0."
-        )
-
-
-def _refuse_optimizer(recipe: Recipe, traits: Traits, workers: WorkerPlan) -> None:
-    name = recipe.training.optim
-    if name not in traits.optimizers:
-        owner = " (it belongs to optimizer_backend: upstream)" if name == "adamw_8bit" else ""
-        raise Refused(f"{limited(recipe.method)} cannot use optim: {name}{owner}: write optim: adamw_torch.")
-    if name == "adamw_8bit" and workers.device != "cuda":
-        raise Refused(
-            f"optim: {name} keeps its state in 8 bits by kernels that need a GPU, but resources_per_worker gives none: "
-            "write optim: adamw_torch, or ask for {GPU: 1}."
-        )
 
 
 def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
     if traits.clipping or recipe.training.max_grad_norm == 0:
         return []
     return [
-        f"{limited(recipe.method)} uses each gradient before the norm of all is known: gradients are not clipped "
+        f"{recipe.method.label()} uses each gradient before the norm of all is known: gradients are not clipped "
         f"(max_grad_norm: 0)."
     ]
 
@@ -336,6 +325,18 @@ def _cadence_plan(recipe: Recipe, batch: BatchPlan) -> CadencePlan:
     )
 
 
+def _model_plan(recipe: Recipe, model: ModelShape, precision: Precision) -> ModelPlan:
+    footprint = recipe.method.footprint(model, precision)
+    return ModelPlan(
+        architecture=model.architecture,
+        parameters=model.total,
+        trainable_parameters=model.trainable,
+        weight_bytes=footprint.weights,
+        gradient_bytes=footprint.gradients,
+        optimizer_bytes=0 if recipe.training.optim == "sgd" else footprint.optimizer_state,
+    )
+
+
 def _data_plan(data: DataShape | None) -> DataPlan | None:
     if data is None:
         return None
@@ -351,7 +352,7 @@ def _data_plan(data: DataShape | None) -> DataPlan | None:
 
 def _resume_notices(recipe: Recipe, traits: Traits) -> list[str]:
     if not traits.resumable:
-        return [f"The optimizer state of {limited(recipe.method)} cannot be saved, so this run cannot be resumed."]
+        return [f"The optimizer state of {recipe.method.label()} cannot be saved, so this run cannot be resumed."]
     if recipe.run.save_only_model:
         return ["save_only_model: true leaves the optimizer out of every checkpoint, so this run cannot be resumed."]
     return []
@@ -377,30 +378,3 @@ def batch_schedule(plan: Plan) -> BatchSchedule:
         updates=plan.batch.updates,
         seed=training.order_seed,
     )
-
-
-# Keys that may differ between a run and its continuation: they change no number that is trained.
-_FREE_KEYS = {
-    *("cache_dir", "dataset_dir", "overwrite_cache", "preprocessing_num_workers", "tokenized_path"),
-    *("do_train", "do_eval", "eval_dataset", "per_device_eval_batch_size"),
-    *("dataloader_num_workers", "gradient_checkpointing", "disable_gradient_checkpointing"),
-}
-
-
-def mathematics(plan: Plan) -> dict[str, JsonValue]:
-    """Everything that decides the numbers of a run, by key: method, data, batch, schedule, seed, dtype."""
-    recipe = plan.recipe
-    flat = recipe.flat()
-    run_keys = set(type(recipe.run).model_fields) | set(type(recipe.ray).model_fields)
-    free = run_keys | _FREE_KEYS | recipe.method.free
-    kept = {key: value for key, value in flat.items() if key not in free}
-    kept["ray_num_workers"] = flat["ray_num_workers"]
-    kept["precision"] = plan.precision.model_dump()
-    kept["training rows"] = plan.data.train_sha256 if plan.data else None
-    return kept
-
-
-def differences(recorded: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """One line for each key whose value is not what the record holds."""
-    keys = sorted(set(recorded) | set(now))
-    return [f"{key}: {recorded.get(key)!r} -> {now.get(key)!r}" for key in keys if recorded.get(key) != now.get(key)]

@@ -127,9 +127,14 @@ class BAdam(Strategy):
 
     def unused(self) -> dict[str, str]:
         """Each mode has keys of its own; those of the other one do nothing."""
-        if self.badam_mode == "layer":
-            return dict.fromkeys(("badam_update_ratio", "badam_mask_mode"), "badam_mode is layer")
-        return dict.fromkeys(("badam_start_block", "badam_switch_mode"), "badam_mode is ratio")
+        foreign = {
+            "layer": ("badam_update_ratio", "badam_mask_mode"),
+            "ratio": ("badam_start_block", "badam_switch_mode"),
+        }
+        idle = dict.fromkeys(foreign[self.badam_mode], f"badam_mode is {self.badam_mode}")
+        if self.optimizer_backend == "upstream":
+            idle["badam_verbose"] = "optimizer_backend is upstream, which prints in the worker's own log"
+        return idle
 
     def traits(self) -> Traits:
         """Layer mode runs on any number of workers; ratio mode, and the published optimizers, on one."""
@@ -141,6 +146,7 @@ class BAdam(Strategy):
                 limited_by="badam_mode: ratio",
                 accumulation=not upstream,
                 resumable=not upstream,
+                decay=not upstream,
                 optimizers=ADAMW,
             )
         if upstream:
@@ -241,8 +247,7 @@ class BAdam(Strategy):
         Raises:
             StrategyError: the recipe names another optimizer than AdamW, or the mode cannot run here.
         """
-        if spec.name == "sgd":
-            raise StrategyError("badam is a form of AdamW and optim is sgd; write optim: adamw_torch")
+        self.refuse_optimizer(spec.name)
         groups = grouped(trainable(model), spec)
         parameters = dict(model.named_parameters())
         blocks = [

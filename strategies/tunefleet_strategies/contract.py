@@ -45,6 +45,8 @@ class Traits:
     """Whether an update's gradient may come from several backward passes (micro-batches, or chunks of the loss)."""
     clipping: bool = True
     """Whether the norm of the whole gradient is known before it is used."""
+    decay: bool = True
+    """Whether the optimizer knows weight decay."""
     resumable: bool = True
     """Whether the optimizer state can be saved."""
     optimizers: frozenset[OptimizerName] = ADAMW | {"sgd"}
@@ -207,6 +209,21 @@ class Strategy(BaseModel, ABC):
     @abstractmethod
     def traits(self) -> Traits:
         """What the method needs from the place that runs it."""
+
+    def label(self) -> str:
+        """The method, and the line of the recipe that limits where it runs, as messages name it."""
+        line = self.traits().limited_by
+        return self.name if line is None else f"{self.name} with {line}"
+
+    def refuse_optimizer(self, name: OptimizerName) -> None:
+        """Refuse an optimizer that the traits do not name.
+
+        Raises:
+            StrategyError: the method cannot carry it out.
+        """
+        if name not in self.traits().optimizers:
+            owner = " (it belongs to optimizer_backend: upstream)" if name == "adamw_8bit" else ""
+            raise StrategyError(f"{self.label()} cannot use optim: {name}{owner}; write optim: adamw_torch")
 
     def unused(self) -> Mapping[str, str]:
         """Arguments that do nothing beside the others, each with the reason ("badam_mode is layer")."""

@@ -173,6 +173,8 @@ class GaLore(Strategy):
     def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
         """Say what was cut or left as it is, and what half-precision weights without a master copy cost."""
         told = low_precision_notices(model) if self.bf16_rounding == "nearest" else []
+        if self.bf16_rounding == "stochastic" and not any(p.dtype == torch.bfloat16 for p in model.parameters()):
+            told.append("bf16_rounding: stochastic does nothing, because no weight is held in bf16; see pure_bf16")
         if "galore_scale" not in self.model_fields_set:
             told.append(
                 f"galore_scale is left out and {self.galore_scale:g}, as documented; LLaMA-Factory's own default is 2.0"
@@ -193,11 +195,10 @@ class GaLore(Strategy):
         Raises:
             StrategyError: the optimizer that the recipe asks for has no projected form.
         """
+        self.refuse_optimizer(spec.name)
         groups = self._groups(model, spec)
         if self.optimizer_backend == "upstream":
             return upstream_optimizer(groups, spec)
-        if spec.name not in ADAMW:
-            raise StrategyError(f"galore cannot use optim: {spec.name}; write optim: adamw_torch")
         behaviour = Behaviour(self.galore_refresh, self.galore_stagger, self.bf16_rounding, self.galore_layerwise)
         return GaLoreAdamW(groups, spec, behaviour)
 

@@ -323,12 +323,11 @@ def test_what_is_no_checkpoint_is_refused(folder: RunFolder, tmp_path: Path, nam
 # ---- what other attempts leave --------------------------------------------------------------------------------------
 
 
-def test_notes_of_ray_failures_and_scratch_are_cleared_away(folder: RunFolder, weights: Path, tmp_path: Path) -> None:
+def test_notes_of_ray_and_of_failures_are_cleared_away(folder: RunFolder, weights: Path, tmp_path: Path) -> None:
     open_run(planned(tmp_path), folder)
     save(folder, weights, 5)
     leftovers = [
         folder.root.child("checkpoint_manager_snapshot.json"),
-        folder.root.child("scratch", "piece"),
         folder.record.child("failures", "0001_0000.json"),
     ]
     for leftover in leftovers:
@@ -336,7 +335,6 @@ def test_notes_of_ray_failures_and_scratch_are_cleared_away(folder: RunFolder, w
     folder.record.child("metrics.jsonl").write_text("kept")
     open_run(planned(tmp_path), folder)
     assert [leftover.name for leftover in leftovers if leftover.exists()] == []
-    assert not folder.root.child("scratch").exists()
     assert folder.record.child("metrics.jsonl").read_text() == "kept"
 
 

@@ -225,6 +225,10 @@ def test_badam_asks_for_full_tuning_and_stands_alone() -> None:
         ({"badam_update_ratio": 0.1}, ["badam_update_ratio: not used, because badam_mode is layer"]),
         ({"badam_mode": "ratio", "badam_update_ratio": 0.1, "badam_switch_interval": 5}, []),
         ({"badam_mode": "ratio", "badam_start_block": 1}, ["badam_start_block: not used, because badam_mode is ratio"]),
+        (
+            {"optimizer_backend": "upstream", "badam_verbose": 1},
+            ["badam_verbose: not used, because optimizer_backend is upstream, which prints in the worker's own log"],
+        ),
     ],
 )
 def test_a_written_key_of_the_other_mode_is_told(keys: dict[str, object], idle: list[str]) -> None:

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.strategies.optim.badam_models import live_bytes
+from tests.storages import live_bytes
 from transformers import AutoModelForCausalLM
 
 from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.blocks import listed
-from tunefleet_strategies.contract import ModelShape, OptimizerSpec, ParameterShape, Precision, StrategyError
+from tunefleet_strategies.contract import (
+    ModelShape,
+    OptimizerName,
+    OptimizerSpec,
+    ParameterShape,
+    Precision,
+    StrategyError,
+)
 from tunefleet_strategies.optim.block_adamw import BlockAdamW
 from tunefleet_strategies.optim.ratio_adamw import RatioAdamW
 from tunefleet_strategies.targets import anatomy
@@ -105,10 +112,11 @@ def test_settings_that_mean_nothing_are_refused(keys: dict[str, Any], match: str
         BAdam(**keys)
 
 
-def test_it_is_a_form_of_adamw(build: Call, attach: Call) -> None:
+@pytest.mark.parametrize("name", ["sgd", "adamw_8bit"])
+def test_it_is_a_form_of_adamw(name: OptimizerName, build: Call, attach: Call) -> None:
     model = attach(BAdam(), build("llama"))
-    with pytest.raises(StrategyError, match="optim is sgd; write optim: adamw_torch"):
-        BAdam().optimizer(model, OptimizerSpec("sgd", 1e-2))
+    with pytest.raises(StrategyError, match=f"badam cannot use optim: {name}.*; write optim: adamw_torch"):
+        BAdam().optimizer(model, OptimizerSpec(name, 1e-2))
 
 
 def test_traits_by_mode() -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from galore_torch.galore_projector import GaLoreProjector
+from tests.storages import live_bytes
 from transformers import PreTrainedModel
 
 from tunefleet_strategies.contract import ModelShape, OptimizerSpec, ParameterShape, Precision, Strategy
@@ -31,11 +32,6 @@ METHODS = {
     "galore_upstream": GaLore(galore_rank=4, optimizer_backend="upstream"),
     "galore_upstream_full": GaLore(galore_rank=4, galore_proj_type="full", optimizer_backend="upstream"),
 }
-
-
-def live(tensors: list[torch.Tensor]) -> int:
-    """Bytes of distinct storages."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def shape_of(model: torch.nn.Module) -> ModelShape:
@@ -63,13 +59,13 @@ def test_estimate_is_what_lives(
     )
     model = attach(method, build(architecture), precision=precision)
     optimizer = method.optimizer(model, OptimizerSpec("adamw_torch", 1e-3))
-    assert live(list(model.parameters())) == estimate.weights
+    assert live_bytes(list(model.parameters())) == estimate.weights
     with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
         model(input_ids=tokens, labels=tokens).loss.backward()
-    assert live([p.grad for p in model.parameters() if p.grad is not None]) == estimate.gradients
+    assert live_bytes([p.grad for p in model.parameters() if p.grad is not None]) == estimate.gradients
     optimizer.step()
     state = [tensor for entry in optimizer.state.values() for value in entry.values() for tensor in tensors_of(value)]
-    assert live(state) == estimate.optimizer_state
+    assert live_bytes(state) == estimate.optimizer_state
 
 
 def tensors_of(value: object) -> list[torch.Tensor]:
@@ -92,7 +88,7 @@ def test_layerwise_keeps_one_gradient_alone(
     most: list[int] = []
 
     def count(parameter: torch.Tensor) -> None:
-        most.append(live([p.grad for p in model.parameters() if p.grad is not None]))
+        most.append(live_bytes([p.grad for p in model.parameters() if p.grad is not None]))
 
     for parameter in model.parameters():  # after the optimizer's own hooks, before which one gradient lived
         parameter.register_post_accumulate_grad_hook(count)
@@ -101,7 +97,7 @@ def test_layerwise_keeps_one_gradient_alone(
     assert max(most) == 0
     assert estimate.gradients == 4 * max(p.numel() for p in model.parameters())
     state = [tensor for entry in optimizer.state.values() for value in entry.values() for tensor in tensors_of(value)]
-    assert live(state) == estimate.optimizer_state
+    assert live_bytes(state) == estimate.optimizer_state
 
 
 def test_by_hand(fp32: Precision) -> None:

@@ -138,6 +138,9 @@ def test_what_a_person_should_know_is_told(build: Call, attach: Call, pure_bf16:
     for part in ("without an fp32 copy", "galore_scale is left out", "fused expert tensors", "not reached in 100"):
         assert part in told
     plain = attach(GaLore(), build("llama"))
+    rounded = GaLore(galore_rank=4, galore_scale=1.0, bf16_rounding="stochastic")
+    assert "stochastic does nothing" in " ".join(rounded.notices(plain))
+    assert "stochastic" not in " ".join(rounded.notices(model))
     assert GaLore(galore_rank=4, galore_scale=0.25, galore_update_interval=10).notices(plain, updates=100) == []
 
 

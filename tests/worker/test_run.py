@@ -28,19 +28,11 @@ Run = Callable[..., Finished]
 
 
 @pytest.fixture
-def keys(tmp_path: Path, tiny_model: Path, quickstart_world: Path) -> dict[str, object]:
-    return {
-        "model_name_or_path": str(tiny_model),
+def keys(job: dict[str, object]) -> dict[str, object]:
+    return job | {
         "finetuning_type": "lora",
-        "dataset": "quickstart_train",
         "eval_dataset": "quickstart_heldout",
-        "dataset_dir": str(quickstart_world / "data"),
-        "cache_dir": str(quickstart_world / "cache"),
-        "cutoff_len": 64,
         "max_samples": 40,
-        "output_dir": "out",
-        "ray_storage_path": str(tmp_path / "runs"),
-        "resources_per_worker": {"CPU": 1},
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "max_steps": 6,
@@ -48,9 +40,7 @@ def keys(tmp_path: Path, tiny_model: Path, quickstart_world: Path) -> dict[str, 
         "eval_strategy": "steps",
         "eval_steps": 2,
         "logging_steps": 1,
-        "report_to": "none",
         "bf16": False,
-        "seed": 1,
     }
 
 

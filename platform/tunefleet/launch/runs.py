@@ -11,9 +11,10 @@ from filelock import FileLock, Timeout
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.record import RESULT
+from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.launch.home import refuse_unwritable
-from tunefleet.plan import Plan, differences, mathematics
+from tunefleet.plan import Plan
 from tunefleet.storage import Place, forget_after, newest_complete, place, step_of
 
 _MATHEMATICS, _PLAN, _ORIGIN = "mathematics.json", "plan.json", "origin.json"
@@ -77,7 +78,7 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
         _clear(folder)
     elif started:
         notices = _continue(plan, folder)
-    for leftover in (folder.root.child(_RAY_NOTES), folder.root.child("scratch"), folder.record.child("failures")):
+    for leftover in (folder.root.child(_RAY_NOTES), folder.record.child("failures")):
         leftover.delete()
     folder.record.child(_MATHEMATICS).write_text(json.dumps(mathematics(plan), indent=2))
     folder.record.child(_PLAN).write_text(plan.model_dump_json(indent=2))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from tunefleet.data.prepare import PreparedData
 from tunefleet.launch.doctor import Finding
-from tunefleet.places import PLACES, Line, marked
+from tunefleet.places import SITES, Line, marked
 from tunefleet.plan import Plan
 from tunefleet_strategies.contract import Strategy
 
@@ -99,7 +99,7 @@ def methods_table(registered: Iterable[type[Strategy]]) -> Table:
 def matrix_table(lines: Iterable[Line]) -> tuple[Table, list[str]]:
     """Methods against places, and the numbered sentences that refuse."""
     sentences: dict[str, int] = {}
-    table = Table("method", *(place.label for place in PLACES))
+    table = Table("method", *(site.label for site in SITES))
     for line in lines:
         name = f"{line.method}\n{line.form}" if line.form else line.method
         table.add_row(name, *(marked(cell, sentences) for cell in line.cells))

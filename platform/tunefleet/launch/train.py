@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.result import Result
 
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.errors import Refused, RunFailed
+from tunefleet.errors import BrokenOff, Refused, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
 from tunefleet.launch.draft import draft
@@ -58,6 +58,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
     Raises:
         Refused: the recipe cannot run; nothing was started.
         RunFailed: the run came to grief.
+        BrokenOff: a second signal came.
     """
     with ExitStack() as stack:
         joins = cluster_address(recipe.ray) is not None
@@ -82,11 +83,10 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         wish = stack.enter_context(stop_wishes())  # after Ray has started, which sets an answer to SIGTERM of its own
         try:
             summary = _fit(plan, storage, folder, display, wish)
-        except KeyboardInterrupt:
-            display.note(_what_is_left(folder))
-            raise
+        except KeyboardInterrupt as error:
+            raise BrokenOff(f"Broken off: {_what_is_left(folder)}.") from error
         except RayError as error:  # as when a signal to the whole process group ends Ray's processes too
-            raise RunFailed(f"Ray ended during the run; it was {_what_is_left(folder)}.") from error
+            raise RunFailed(f"Ray ended during the run, which was broken off: {_what_is_left(folder)}.") from error
         if not summary["stopped"]:
             bring_home(folder, output_dir, recipe.run.plot_loss)
         return Outcome(plan, folder.root, output_dir, summary, wish.exit_code if summary["stopped"] else 0)
@@ -129,8 +129,9 @@ def _fit(plan: Plan, storage: Place, folder: RunFolder, display: Display, wish: 
 def _what_is_left(folder: RunFolder) -> str:
     """What a run that was broken off goes on from."""
     newest, _ = newest_complete(folder.checkpoints)
-    left = "before its first checkpoint" if newest is None else f"the same command goes on from step {step_of(newest)}"
-    return f"broken off: {left}"
+    if newest is None:
+        return "there is no checkpoint yet, so the same command begins anew"
+    return f"the same command goes on from step {step_of(newest)}"
 
 
 class _Fit(threading.Thread):

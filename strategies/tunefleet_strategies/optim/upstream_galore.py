@@ -44,10 +44,8 @@ def upstream_optimizer(groups: Sequence[Group], spec: OptimizerSpec) -> Optimize
     """galore-torch's AdamW, or its 8-bit one, over groups in this project's form.
 
     Raises:
-        StrategyError: the optimizer has no such form, or needs a device that the model is not on.
+        StrategyError: the 8-bit one needs a device that the model is not on.
     """
-    if spec.name not in ("adamw_torch", "adamw_torch_fused", "adamw_8bit"):
-        raise StrategyError(f"galore cannot use optim: {spec.name}; write optim: adamw_torch")
     theirs = [_translated(group) for group in groups]
     if spec.name == "adamw_8bit":
         return _eight_bit(theirs, spec)

@@ -59,8 +59,3 @@ def one_group(blocks: Sequence[Block], decay: float = 0.0, learning_rate: float 
 
 def spec(learning_rate: float = 1e-2, eps: float = 1e-8, seed: int = 0) -> OptimizerSpec:
     return OptimizerSpec("adamw_torch", learning_rate, eps=eps, seed=seed)
-
-
-def live_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of distinct storages."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

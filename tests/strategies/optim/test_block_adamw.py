@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from badam import BlockOptimizer
-from tests.strategies.optim.badam_models import backward, batches, layer_blocks, live_bytes, llama, one_group, spec
+from tests.storages import live_bytes
+from tests.strategies.optim.badam_models import backward, batches, layer_blocks, llama, one_group, spec
 from torch import nn
 
 from tunefleet_strategies.optim.block_adamw import BlockAdamW

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from tests.storages import live_bytes
 from torch import Tensor, nn
 
 from tunefleet_strategies.contract import OptimizerSpec, StrategyError
@@ -124,8 +125,7 @@ def test_state_is_what_the_formulas_say(kind: Projection, dtype: torch.dtype, be
     own = optimizer(model, kind, behaviour)
     run(model, own, 0, 5)  # the second refresh is behind us
     tensors = [value for entry in own.state.values() for value in entry.values() if isinstance(value, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    assert sum(storages.values()) == bytes_by_hand(kind, dtype.itemsize)
+    assert live_bytes(tensors) == bytes_by_hand(kind, dtype.itemsize)
     assert {t.dtype for entry in own.state.values() for n, t in entry.items() if n.startswith("exp")} == {torch.float32}
 
 

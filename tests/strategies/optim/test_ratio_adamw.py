@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from badam import BlockOptimizerRatio
-from tests.strategies.optim.badam_models import live_bytes, spec
+from tests.storages import live_bytes
+from tests.strategies.optim.badam_models import spec
 from torch import Tensor, nn
 
 from tunefleet_strategies.optim.block_schedule import NEVER

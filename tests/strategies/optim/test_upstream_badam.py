@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from badam import BlockOptimizer, BlockOptimizerRatio
+from tests.storages import live_bytes
 
 from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import OptimizerSpec, StrategyError
@@ -111,5 +112,4 @@ def test_bytes_of_layer_mode(
     base = optimizer.inner.base_optimizer
     kept = [tensor for state in base.state.values() for tensor in state.values()]
     kept += list(optimizer.inner.param_idx2hp.values())
-    live = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    assert sum(live.values()) == 12 * 7_744 + 4 * 9
+    assert live_bytes(kept) == 12 * 7_744 + 4 * 9
