@@ -12,7 +12,7 @@ from torch import nn
 
 from tunefleet.errors import Refused
 from tunefleet.training.checkpoint import Progress, RunState, fingerprints, load, save
-from tunefleet.training.engines import PlainEngine
+from tunefleet.training.engines.plain import PlainEngine
 from tunefleet_strategies.full import Full
 from tunefleet_strategies.lora import Lora
 

@@ -8,8 +8,8 @@ from tests.training.tiny import FP32, MemoryRows, start
 from torch import nn
 
 from tunefleet.errors import RunFailed
-from tunefleet.training import engines
-from tunefleet.training.engines import PlainEngine
+from tunefleet.training.engines import plain
+from tunefleet.training.engines.plain import PlainEngine
 from tunefleet_strategies.contract import MethodOptimizer, Precision
 
 HALF = Precision(torch.float16, torch.float32, torch.float16)
@@ -84,9 +84,9 @@ def test_a_loss_scale_is_lowered_when_fp16_overflows_and_survives_a_resume() -> 
 
 
 def test_buckets_hold_every_parameter_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_BUCKET_ENTRIES", 10)
+    monkeypatch.setattr(plain, "_BUCKET_ENTRIES", 10)
     parameters = [nn.Parameter(torch.zeros(n)) for n in (4, 6, 1, 30, 2, 3)]
-    buckets = engines._buckets(parameters)
+    buckets = plain._buckets(parameters)
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 6], [1], [30], [2, 3]]
     assert [id(p) for bucket in buckets for p in bucket] == [id(p) for p in parameters]
 

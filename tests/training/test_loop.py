@@ -121,3 +121,26 @@ def test_importing_the_loop_brings_no_trainer_no_ray_no_datasets() -> None:
         [sys.executable, "-c", program], env={"PYTHONPATH": path}, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+def test_blank_micro_batches_keep_step_and_change_nothing(architecture: str) -> None:
+    """Where passes are collective, a rank with fewer samples passes rows without a target through the model."""
+    run = start(Full(), architecture)
+    blanks = list(run.feed.micro_batches(np.arange(3), torch.device("cpu"), least=3))
+    assert [len(batch.target_ids) > 0 for batch in blanks] == [True, False, False]
+    assert len(list(run.feed.micro_batches(np.arange(3), torch.device("cpu"), least=1))) == 1
+    loss, gradients = objective(run.model, FP32, lockstep=True), []
+    for batches in (blanks[:1], blanks):
+        calls: list[torch.Tensor] = []
+
+        def backward(scaled: torch.Tensor, calls: list[torch.Tensor] = calls) -> None:
+            calls.append(scaled.detach())
+            scaled.backward()
+
+        assert sum(loss.backward(batch, 9, run=backward) for batch in batches) == loss.evaluate(blanks[0])
+        assert len(calls) == len(batches)
+        gradients.append([p.grad for p in run.model.parameters() if p.grad is not None])
+        run.model.zero_grad()
+    assert loss.evaluate(blanks[1]) == 0
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

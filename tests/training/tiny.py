@@ -25,7 +25,7 @@ from tunefleet.data.batches import Batch, BatchSchedule
 from tunefleet.data.tokens import Row
 from tunefleet.training.checkpoint import RunState, trained_names
 from tunefleet.training.determinism import seed_everything
-from tunefleet.training.engines import PlainEngine
+from tunefleet.training.engines.plain import PlainEngine
 from tunefleet.training.layout import choose_layout
 from tunefleet.training.loop import Feed, Step, train
 from tunefleet.training.loss import objective
@@ -98,8 +98,8 @@ class CountingFeed(Feed):
 
     seen: list[int] = field(default_factory=list)
 
-    def micro_batches(self, share: np.ndarray, device: torch.device) -> Iterator[Batch]:
-        for batch in super().micro_batches(share, device):
+    def micro_batches(self, share: np.ndarray, device: torch.device, least: int = 0) -> Iterator[Batch]:
+        for batch in super().micro_batches(share, device, least):
             self.seen.append(batch.tokens)
             yield batch
 

@@ -6,7 +6,7 @@ Shapes: G samples of a global batch; W workers; T tokens laid end to end; B segm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -158,6 +158,11 @@ def collate(rows: Sequence[Row], *, pad_token_id: int | None) -> Batch:
         target_ids=torch.from_numpy(labels[learned]),
         tokens=len(ids),
     )
+
+
+def without_targets(batch: Batch) -> Batch:
+    """The same tokens with nothing to learn: its loss is zero, and so is every gradient."""
+    return replace(batch, target_positions=batch.target_positions[:0], target_ids=batch.target_ids[:0], tokens=0)
 
 
 def _placed(values: Int64, places: Int64, shape: tuple[int, int], filler: int) -> Tensor:

@@ -12,28 +12,18 @@ boundaries only, and read with `weights_only=True` only.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunefleet.errors import Refused
-from tunefleet.training.engines import Engine
+from tunefleet.training.engines.engine import Engine
+from tunefleet.training.files import digest, first_line, load_tensors, read, save_tensors
 from tunefleet.training.random_state import capture, restore
-
-_T = TypeVar("_T")
-
-_DAMAGE = (OSError, TypeError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError, SafetensorError)
-"""What the readers of the three formats raise when bytes are missing or wrong."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +61,25 @@ class Loaded:
 
 
 def save(folder: Path, state: RunState, progress: Progress, *, only_weights: bool = False) -> None:
-    """Write a checkpoint. Collective: every rank calls it, rank 0 writes into the existing `folder`.
+    """Write a checkpoint into the existing `folder`: rank 0 what is common, each rank what its engine shares out.
+
+    Collective.
 
     Args:
         only_weights: leave out what only a resume needs; `load` then refuses the checkpoint, `load_weights` takes it.
     """
-    random = state.engine.gather(capture(state.engine.model))
-    if state.engine.rank != 0:
+    engine = state.engine
+    random = engine.gather(capture(engine.model))
+    engine.save_weights(folder, state.trained)
+    if not only_weights:
+        engine.save_optimizer(folder)
+    if engine.rank != 0:
         return
-    _save_tensors(_weights(state), folder / "weights.safetensors")
-    _save_tensors(dict(state.initial), folder / "initial.safetensors")
-    document = {"progress": asdict(progress), "engine": state.engine.state()}
+    save_tensors(state.initial, folder / "initial.safetensors")
+    document = {"progress": asdict(progress), "engine": engine.state()}
     (folder / "state.json").write_text(json.dumps(document, indent=1))
-    if only_weights:
-        return
-    _save_tensors({f"rank{rank}": own for rank, own in enumerate(random)}, folder / "random.safetensors")
-    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+    if not only_weights:
+        save_tensors({f"rank{rank}": own for rank, own in enumerate(random)}, folder / "random.safetensors")
 
 
 def load(folder: Path, state: RunState) -> Loaded:
@@ -98,18 +91,16 @@ def load(folder: Path, state: RunState) -> Loaded:
     Raises:
         Refused: a file is missing, damaged or made for another model; the sentence names it.
     """
-    document = _read(folder / "state.json", lambda path: json.loads(path.read_text()))
-    weights = _read(folder / "weights.safetensors", load_file)
-    optimizer = _read(folder / "optimizer.pt", _load_pickle)
-    random = _read(folder / "random.safetensors", load_file)
+    document = read(folder / "state.json", lambda path: json.loads(path.read_text()))
+    random = load_tensors(folder / "random.safetensors")
     try:
         progress = Progress(**document["progress"])
-        _put_weights(state, weights)
-        _put_optimizer(state.optimizer, optimizer)
+        state.engine.load_weights(folder, state.trained)
+        state.engine.load_optimizer(folder)
         state.engine.restore(document["engine"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise Refused(
-            f"The checkpoint {folder} does not belong to this run ({_first_line(error)}): "
+            f"The checkpoint {folder} does not belong to this run ({first_line(error)}): "
             "write resume_from_checkpoint: false to start anew."
         ) from error
     return Loaded(progress, _put_random(random, state.engine, folder))
@@ -121,7 +112,7 @@ def load_initial(folder: Path) -> dict[str, Tensor]:
     Raises:
         Refused: the file is missing or damaged.
     """
-    return _read(folder / "initial.safetensors", load_file)
+    return load_tensors(folder / "initial.safetensors")
 
 
 def load_weights(folder: Path, state: RunState) -> None:
@@ -130,9 +121,8 @@ def load_weights(folder: Path, state: RunState) -> None:
     Raises:
         Refused: the file is missing, damaged or made for another model.
     """
-    weights = _read(folder / "weights.safetensors", load_file)
     try:
-        _put_weights(state, weights)
+        state.engine.load_weights(folder, state.trained)
     except ValueError as error:
         raise Refused(
             f"The checkpoint {folder} does not belong to this run ({error}): resume from another one."
@@ -144,13 +134,8 @@ def fingerprints(state: RunState) -> dict[str, str]:
 
     Two runs with equal fingerprints are bit-identical and stay so.
     """
-    everything = {**dict(state.model.named_parameters()), **dict(state.model.named_buffers())}
     random = state.engine.gather(capture(state.engine.model))
-    return {
-        "weights": _digest(sorted(everything.items())),
-        "optimizer": _digest(_flatten("", state.optimizer.state_dict())),
-        "random": _digest((str(rank), own) for rank, own in enumerate(random)),
-    }
+    return {**state.engine.digests(), "random": digest(random)}
 
 
 def trained_names(model: nn.Module) -> frozenset[str]:
@@ -158,98 +143,15 @@ def trained_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def _weights(state: RunState) -> dict[str, Tensor]:
-    trained = {name: p.detach() for name, p in state.model.named_parameters() if name in state.trained}
-    return trained | {f"buffer:{name}": b.detach() for name, b in state.model.named_buffers()}
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # Clones, because safetensors refuses tensors that share storage, as an architecture's buffers may.
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-
-
-def _load_pickle(path: Path) -> dict[str, Any]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise TypeError("it holds no optimizer state")
-    return state
-
-
-def _read(path: Path, reader: Callable[[Path], _T]) -> _T:
-    try:
-        return reader(path)
-    except FileNotFoundError as error:
-        raise Refused(f"The checkpoint file {path} is missing: resume from another checkpoint.") from error
-    except _DAMAGE as error:
-        raise Refused(
-            f"The checkpoint file {path} is damaged ({_first_line(error)}): resume from another checkpoint."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160]
-
-
-@torch.no_grad()
-def _put_weights(state: RunState, weights: Mapping[str, Tensor]) -> None:
-    expected = _weights(state)
-    if expected.keys() != weights.keys():
-        odd = sorted(expected.keys() ^ weights.keys())
-        raise ValueError(f"{len(odd)} tensors are not in both, the first is {odd[0]}")
-    for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
-            raise ValueError(f"{name} has another shape or dtype")
-        tensor.copy_(weights[name])
-
-
-def _put_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """`load_state_dict`, then undo its cast: torch gives floating-point state the dtype of its parameter."""
-    optimizer.load_state_dict(saved)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if optimizer.state_dict()["state"].keys() != saved["state"].keys():
-        raise ValueError("the optimizer keeps state of other parameters")
-    for index, stored in saved["state"].items():
-        if not isinstance(index, int):  # an optimizer with its own layout restores it itself
-            continue
-        live = optimizer.state[parameters[index]]
-        for name, value in stored.items():
-            if isinstance(value, Tensor) and live[name].dtype != value.dtype:
-                live[name] = value.to(live[name].device)
-
-
 def _put_random(random: Mapping[str, Tensor], engine: Engine, folder: Path) -> tuple[str, ...]:
     if f"rank{engine.rank}" in random:
         try:
             restore(random[f"rank{engine.rank}"], engine.model)
         except RuntimeError as error:
-            raise Refused(f"The random state in {folder} is damaged ({_first_line(error)}).") from error
+            raise Refused(f"The random state in {folder} is damaged ({first_line(error)}).") from error
     if len(random) == engine.world:
         return ()
     return (
         f"The checkpoint was written by {len(random)} workers and {engine.world} continue: the result is not "
         "bit-identical to an uninterrupted run (dropout differs).",
     )
-
-
-def _flatten(prefix: str, value: object) -> Iterator[tuple[str, object]]:
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from _flatten(f"{prefix}/{key}", value[key])
-    elif isinstance(value, (list, tuple)):
-        for position, item in enumerate(value):
-            yield from _flatten(f"{prefix}/{position}", item)
-    else:
-        yield prefix, value
-
-
-def _digest(items: Iterable[tuple[str, object]]) -> str:
-    digest = hashlib.sha256()
-    for name, value in items:
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            data = value.detach().cpu().contiguous()
-            digest.update(f"{data.dtype}{tuple(data.shape)}{tuple(value.stride())}".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()

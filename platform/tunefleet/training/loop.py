@@ -7,6 +7,7 @@ Whoever iterates reports and checkpoints between two steps, which are the only p
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunefleet.data.batches import Batch, BatchSchedule, collate, deal, micro_batches
+from tunefleet.data.batches import Batch, BatchSchedule, collate, deal, micro_batches, without_targets
 from tunefleet.data.tokens import Row
-from tunefleet.training.engines import Engine
+from tunefleet.training.engines.engine import Engine
 from tunefleet.training.flops import TokenFlops
 from tunefleet.training.layout import evaluating
 from tunefleet.training.loss import Objective
@@ -72,14 +73,20 @@ class Feed:
     threads: int = 0
     """Threads that lay out coming micro-batches; 0 = in the loop itself. The result is the same."""
 
-    def micro_batches(self, share: np.ndarray, device: torch.device) -> Iterator[Batch]:
-        """The micro-batches of this rank's share of a global batch, in order, on `device`."""
+    def micro_batches(self, share: np.ndarray, device: torch.device, least: int = 0) -> Iterator[Batch]:
+        """The micro-batches of this rank's share of a global batch, in order, on `device`.
+
+        Args:
+            least: blank micro-batches, of one row without a target, follow until there are so many.
+        """
         pieces = micro_batches(share, self.micro_batch)
         if self.threads == 0:
             yield from (self._lay_out(piece, device) for piece in pieces)
-            return
-        with ThreadPoolExecutor(self.threads) as pool:
-            yield from pool.map(self._lay_out, pieces, [device] * len(pieces))
+        else:
+            with ThreadPoolExecutor(self.threads) as pool:
+                yield from pool.map(self._lay_out, pieces, [device] * len(pieces))
+        for _ in range(least - len(pieces)):
+            yield without_targets(self._lay_out(np.zeros(1, dtype=np.int64), device))
 
     def _lay_out(self, indices: np.ndarray, device: torch.device) -> Batch:
         batch = collate([self.rows.row(int(i)) for i in indices], pad_token_id=self.pad_token_id)
@@ -124,9 +131,8 @@ def train(
         began = time.perf_counter()
         indices = batches.indices(update)
         tokens, targets = int(feed.rows.lengths[indices].sum()), int(feed.rows.targets[indices].sum())
-        share = deal(indices, feed.rows.lengths, engine.world)[engine.rank]
         rate = learning_rate.set(update)
-        loss_sum = _backward(engine, objective, feed.micro_batches(share, device), targets, device)
+        loss_sum = _backward(engine, objective, _dealt(engine, feed, indices, device), targets, device)
         applied = engine.update(loss_sum, targets, step=update + 1, stop=should_stop())
         seconds = time.perf_counter() - began
         stopped = applied.stop and update + 1 < batches.updates
@@ -157,14 +163,21 @@ def evaluate(engine: Engine, objective: Objective, feed: Feed) -> float:
     """
     device = next(engine.model.parameters()).device
     everything = np.arange(len(feed.rows.lengths))
-    share = deal(everything, feed.rows.lengths, engine.world)[engine.rank]
     total = torch.zeros((), dtype=torch.float64, device=device)
     with evaluating(engine.model), _untouched_random_state(engine):
-        for batch in feed.micro_batches(share, device):
+        for batch in _dealt(engine, feed, everything, device):
             total += objective.evaluate(batch)
     targets = int(feed.rows.targets.sum())
     loss_sum = float(engine.total(total))
     return loss_sum / targets if targets else float("nan")
+
+
+def _dealt(engine: Engine, feed: Feed, indices: np.ndarray, device: torch.device) -> Iterator[Batch]:
+    """This rank's micro-batches of the rows `indices`; under a lockstep engine as many as the largest share has."""
+    shares = deal(indices, feed.rows.lengths, engine.world)
+    most = max(len(share) for share in shares)
+    least = math.ceil(most / feed.micro_batch) if engine.lockstep else 0
+    return feed.micro_batches(shares[engine.rank], device, least)
 
 
 def _backward(
@@ -176,7 +189,7 @@ def _backward(
     if targets == 0:
         return loss_sum
     for batch in batches:
-        loss_sum += objective.backward(batch, targets, scale)
+        loss_sum += objective.backward(batch, targets, scale, engine.backward)
     return loss_sum
 
 

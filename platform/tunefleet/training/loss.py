@@ -80,20 +80,31 @@ class Objective:
     model: nn.Module
     precision: Precision
     two_stage: bool
+    lockstep: bool = False
+    """Whether passes are collective, so that a micro-batch without targets is passed through like any other."""
     router_loss_coefficient: float = 0.0
     """Weight of the auxiliary loss of a mixture of experts; 0 unless the model's config asks for it."""
 
-    def backward(self, batch: Batch, total_targets: int, scale: float = 1.0) -> Tensor:
+    def backward(
+        self,
+        batch: Batch,
+        total_targets: int,
+        scale: float = 1.0,
+        run: Callable[[Tensor], None] = torch.autograd.backward,
+    ) -> Tensor:
         """Add the gradient of (this micro-batch's token losses / `total_targets`) * `scale` to the parameters.
+
+        Args:
+            run: the backward pass of a whole micro-batch, where there is one for it (`Engine.backward`).
 
         Returns:
             The sum of token losses: detached fp64 scalar, neither divided nor scaled.
         """
         factor = scale / total_targets
-        if len(batch.target_ids) == 0:
+        if self._skips(batch):
             return torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
         if not self.two_stage:
-            return self._one_stage(batch, factor)
+            return self._one_stage(batch, factor, run)
         with autocast(self.model, self.precision):
             kept = self._supervised_states(batch)  # (S, D)
         total, gradients = torch.zeros((), dtype=torch.float64, device=kept.device), []
@@ -112,7 +123,7 @@ class Objective:
     def evaluate(self, batch: Batch) -> Tensor:
         """The sum of token losses of a micro-batch, as a fp64 scalar; no gradients."""
         total = torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
-        if len(batch.target_ids) == 0:
+        if self._skips(batch):
             return total
         with autocast(self.model, self.precision):
             if not self.two_stage:
@@ -122,14 +133,17 @@ class Objective:
                 total += cross_entropy_sum(self._head(states), targets)
         return total
 
-    def _one_stage(self, batch: Batch, factor: float) -> Tensor:
+    def _skips(self, batch: Batch) -> bool:
+        return len(batch.target_ids) == 0 and not self.lockstep
+
+    def _one_stage(self, batch: Batch, factor: float, run: Callable[[Tensor], None]) -> Tensor:
         with autocast(self.model, self.precision):
             logits, output = self._logits(batch)
             loss = cross_entropy_sum(logits, batch.target_ids)
             scaled = loss * factor
             if self.router_loss_coefficient:
                 scaled = scaled + output.aux_loss * (self.router_loss_coefficient * len(batch.target_ids) * factor)
-        torch.autograd.backward(scaled)
+        run(scaled)
         return loss.detach().double()
 
     def _supervised_states(self, batch: Batch) -> Tensor:
@@ -157,18 +171,21 @@ class Objective:
         return logits, output
 
 
-def objective(model: nn.Module, precision: Precision, *, one_backward: bool = False) -> Objective:
+def objective(
+    model: nn.Module, precision: Precision, *, one_backward: bool = False, lockstep: bool = False
+) -> Objective:
     """The loss of `model`: two-stage where head(decoder(x)) is the model's own logits, else through its forward.
 
     Models that cap or scale their logits after the head (Gemma 2, Cohere, Granite) take the second way, and so does
     everything with `one_backward`: each gradient is then whole when the backward pass has reached its parameter.
+    `lockstep` (an engine whose passes are collective) asks for that too.
     """
     base = causal_lm(model)
     coefficient = 0.0
     if getattr(base.config, "output_router_logits", False):
         coefficient = float(base.config.router_aux_loss_coef)
-    two_stage = not one_backward and coefficient == 0.0 and _head_is_all(base, precision)
-    return Objective(model, precision, two_stage, coefficient)
+    two_stage = not (one_backward or lockstep) and coefficient == 0.0 and _head_is_all(base, precision)
+    return Objective(model, precision, two_stage, lockstep, coefficient)
 
 
 def _decoder(base: PreTrainedModel) -> Callable[..., Any]:

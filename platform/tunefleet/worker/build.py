@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.data.prepare import PreparedData, prepare
 from tunefleet.data.tokens import TokenSplit
 from tunefleet.errors import RunFailed
-from tunefleet.models import expert_share, load_model, load_tokenizer, model_shape
+from tunefleet.models import expert_share, load_tokenizer
 from tunefleet.plan import Plan, batch_schedule
-from tunefleet.training.activations import checkpoint_activations
-from tunefleet.training.checkpoint import Progress, RunState, load, trained_names
+from tunefleet.training.checkpoint import Progress, RunState, load
 from tunefleet.training.determinism import seed_everything
-from tunefleet.training.engines import Engine, PlainEngine
+from tunefleet.training.engines.engine import Engine
 from tunefleet.training.flops import peak_flops, token_flops
 from tunefleet.training.layout import Layout, choose_layout
 from tunefleet.training.loop import Feed, Gauge, Step, evaluate, train
 from tunefleet.training.loss import Objective, objective
 from tunefleet.training.schedule import LearningRate, build_scheduler
-from tunefleet.training.settings import TrainingSettings
+from tunefleet.worker.mount import Mounted, mount
 from tunefleet.worker.seat import Seat
 from tunefleet.worker.start import Start
-from tunefleet_strategies.contract import AttachContext, OptimizerSpec, Precision
+from tunefleet_strategies.contract import Precision
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,8 @@ def build(plan: Plan, seat: Seat, data: OpenedData, start: Start) -> Trainee:
         Refused, StrategyError: model, method or checkpoint do not go together.
     """
     recipe, precision = plan.recipe, plan.precision.resolved()
-    initial = seat.together(start.initial)
-    model = seat.together(lambda: _attached(plan, seat, precision, initial))
-    trained = trained_names(model)  # before there is an optimizer, which may narrow what requires a gradient
-    engine = seat.together(lambda: _engine(plan, model, precision))
-    engine.start()
-    state = RunState(engine, trained, recipe.method.initial_state(model) if initial is None else initial)
+    mounted = mount(plan, seat, seat.together(start.initial))
+    engine, model, state = mounted.engine, mounted.engine.model, mounted.state
     layout = choose_layout(model, precision, plain_attention=recipe.model.flash_attn == "disabled")
     # After this line everything random is drawn from the run's own streams, one for each rank.
     seed_everything(recipe.training.seed, seat.rank)
@@ -133,46 +128,20 @@ def build(plan: Plan, seat: Seat, data: OpenedData, start: Start) -> Trainee:
     return Trainee(
         plan=plan,
         state=state,
-        objective=objective(model, precision, one_backward=not recipe.method.traits().accumulation),
+        objective=objective(
+            model, precision, one_backward=not recipe.method.traits().accumulation, lockstep=engine.lockstep
+        ),
         batches=batches,
         rate=rate,
         layout=layout,
         feed=Feed(data.train, training.per_device_train_batch_size, pad_token_id, training.dataloader_num_workers),
         evaluation=None if held_out is None else Feed(held_out, training.per_device_eval_batch_size, pad_token_id),
-        gauge=_gauge(model, precision, seat),
+        gauge=_gauge(mounted, precision, seat),
         progress=progress,
         notices=notices,
     )
 
 
-def _attached(plan: Plan, seat: Seat, precision: Precision, initial: Mapping[str, Tensor] | None) -> nn.Module:
-    recipe = plan.recipe
-    context = AttachContext(precision, recipe.training.seed, is_source=seat.leads, initial=initial)
-    model = recipe.method.attach(load_model(recipe.model, device=seat.device), context)
-    if recipe.training.checkpoints_activations:
-        checkpoint_activations(model)
-    return model
-
-
-def _engine(plan: Plan, model: nn.Module, precision: Precision) -> PlainEngine:
-    method, training = plan.recipe.method, plan.recipe.training
-    optimizer = method.optimizer(model, optimizer_spec(training))
-    clips = method.traits().clipping
-    return PlainEngine(model, optimizer, precision, max_grad_norm=training.max_grad_norm if clips else 0.0)
-
-
-def optimizer_spec(settings: TrainingSettings) -> OptimizerSpec:
-    """What the recipe says of the optimizer."""
-    return OptimizerSpec(
-        name=settings.optim,
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-    )
-
-
-def _gauge(model: nn.Module, precision: Precision, seat: Seat) -> Gauge:
-    flops = token_flops(model_shape(model), expert_share=expert_share(model))
+def _gauge(mounted: Mounted, precision: Precision, seat: Seat) -> Gauge:
+    flops = token_flops(mounted.shape, expert_share=expert_share(mounted.engine.model))
     return Gauge(flops, peak_flops(precision.compute, seat.device.type))

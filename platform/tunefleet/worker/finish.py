@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from torch import nn
 from transformers import GenerationConfig
 
 from tunefleet.artifacts.fingerprints import fingerprint
@@ -24,7 +25,8 @@ def finish(job: Job, seat: Seat, trainee: Trainee, data: OpenedData, reporter: R
     if best is not None and best != reporter.step:
         reporter.notice(f"The model that is kept is that of step {best}, where eval_loss was lowest.")
         seat.together(lambda: _load_best(job, trainee, best))
-    seat.together(lambda: _write_model(job, trainee, data) if seat.leads else None)
+    whole = trainee.engine.whole_model()
+    seat.together(lambda: _write_model(job, trainee, data, whole) if seat.leads else None)
     reporter.finish(prints)
     return prints
 
@@ -43,20 +45,20 @@ def _load_best(job: Job, trainee: Trainee, step: int) -> None:
         load_weights(Path(folder), trainee.state)
 
 
-def _write_model(job: Job, trainee: Trainee, data: OpenedData) -> None:
+def _write_model(job: Job, trainee: Trainee, data: OpenedData, model: nn.Module) -> None:
     with tempfile.TemporaryDirectory(prefix="tunefleet-") as name:
         folder = Path(name)
-        _set_stop_tokens(trainee, data)
-        job.plan.recipe.method.export(trainee.model, folder, trainee.state.initial)
+        _set_stop_tokens(model, data)
+        job.plan.recipe.method.export(model, folder, trainee.state.initial)
         if data.prepared.template_jinja:
             data.tokenizer.chat_template = data.prepared.template_jinja
         data.tokenizer.save_pretrained(str(folder))
         job.folder.model.upload(folder)
 
 
-def _set_stop_tokens(trainee: Trainee, data: OpenedData) -> None:
+def _set_stop_tokens(model: nn.Module, data: OpenedData) -> None:
     """Let generation end where the template ends an answer."""
-    model = causal_lm(trainee.model)
-    if model.generation_config is None:
-        model.generation_config = GenerationConfig()
-    model.generation_config.eos_token_id = list(data.prepared.stop_token_ids)
+    base = causal_lm(model)
+    if base.generation_config is None:
+        base.generation_config = GenerationConfig()
+    base.generation_config.eos_token_id = list(data.prepared.stop_token_ids)

@@ -1,14 +1,10 @@
-"""Who carries out an update: sums gradients over the workers, clips them, steps the optimizer.
-
-The loop fills `parameter.grad` with sums of token losses already divided by the global number of target tokens; an
-engine turns that into one update, with as many collective calls on every rank whatever its share was.
-"""
+"""Every rank holds everything: sums gradients over the workers, clips them, steps the optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunefleet.errors import RunFailed
+from tunefleet.training.engines.engine import Applied
+from tunefleet.training.files import digest, load_pickle, load_tensors, save_tensors
 from tunefleet_strategies.contract import MethodOptimizer, Precision
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
 
 _BUCKET_ENTRIES = 2**26
 """Entries of the flat fp32 gradient that travel in one all-reduce: 256 MiB. Most adapters fit in a single one."""
@@ -25,72 +25,13 @@ _SMALLEST_SCALE = 1.0
 """Below this loss scale fp16 gradients are not overflowing, they are broken."""
 
 
-@dataclass(frozen=True)
-class Applied:
-    """What all ranks agree on after an update."""
-
-    loss_sum: float
-    """Token losses summed over the global batch."""
-    grad_norm: float
-    """Norm of the global gradient before clipping. Infinite where an fp16 step was skipped."""
-    updated: bool
-    """False: nothing to learn from (no target tokens), or fp16 overflowed and the scale was lowered."""
-    stop: bool
-
-
-class Engine(Protocol):
-    """What the loop needs of whoever owns the optimizer."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    rank: int
-    world: int
-    bytes_sent: int
-    """Payload that this rank has handed to collectives so far."""
-
-    def start(self) -> None:
-        """Make every rank's weights and buffers those of rank 0."""
-
-    def loss_scale(self) -> float:
-        """What losses are multiplied by before their backward; 1 except under fp16."""
-
-    def update(self, loss_sum: Tensor, targets: int, *, step: int, stop: bool) -> Applied:
-        """Apply the gradient of one global batch and clear it. Collective.
-
-        Args:
-            loss_sum: this rank's sum of token losses, a scalar.
-            targets: target tokens of the global batch; with 0 of them nothing is updated.
-            step: the update's number, from 1, for messages.
-            stop: whether this rank has been asked to stop.
-
-        Raises:
-            RunFailed: the global gradient is not finite (on all ranks alike).
-        """
-
-    def messages(self) -> list[str]:
-        """What the optimizer has to say of the last update."""
-
-    def measurements(self) -> dict[str, float]:
-        """The optimizer's own figures of the last update. Waits for the device."""
-
-    def total(self, values: Tensor) -> Tensor:
-        """Sum of a small fp64 tensor over the ranks. Collective."""
-
-    def gather(self, data: Tensor) -> list[Tensor]:
-        """Every rank's copy of a byte tensor of one common length, by rank. Collective."""
-
-    def state(self) -> dict[str, float | int]:
-        """What of the engine itself must survive a resume, plain numbers."""
-
-    def restore(self, state: dict[str, float | int]) -> None:
-        """Take back what `state` returned."""
-
-
 class PlainEngine:
     """One device, or data parallel over the ranks of `torch.distributed`, without a wrapper around the model.
 
     No DDP: what trains may change during a run, and DDP would silently stop reducing it.
     """
+
+    lockstep = False
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, precision: Precision, *, max_grad_norm: float) -> None:
         """
@@ -120,6 +61,9 @@ class PlainEngine:
             self.bytes_sent += flat.numel()
             if data.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(data)
+
+    def backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
 
     def loss_scale(self) -> float:
         return 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device)).item()
@@ -208,6 +152,59 @@ class PlainEngine:
         if self._scaler is not None:
             values: dict[str, Any] = dict(state)
             self._scaler.load_state_dict(values)
+
+    def save_weights(self, folder: Path, names: frozenset[str]) -> None:
+        if self.rank == 0:
+            save_tensors(self._weights(names), folder / WEIGHTS)
+
+    @torch.no_grad()
+    def load_weights(self, folder: Path, names: frozenset[str]) -> None:
+        put(self._weights(names), load_tensors(folder / WEIGHTS))
+
+    def save_optimizer(self, folder: Path) -> None:
+        if self.rank == 0:
+            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+
+    def load_optimizer(self, folder: Path) -> None:
+        """`load_state_dict`, then undo its cast: torch gives floating-point state the dtype of its parameter."""
+        saved = load_pickle(folder / OPTIMIZER)
+        self.optimizer.load_state_dict(saved)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.optimizer.state_dict()["state"].keys() != saved["state"].keys():
+            raise ValueError("the optimizer keeps state of other parameters")
+        for index, stored in saved["state"].items():
+            if not isinstance(index, int):  # an optimizer with its own layout restores it itself
+                continue
+            live = self.optimizer.state[parameters[index]]
+            for name, value in stored.items():
+                if isinstance(value, Tensor) and live[name].dtype != value.dtype:
+                    live[name] = value.to(live[name].device)
+
+    def digests(self) -> dict[str, str]:
+        everything = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {"weights": digest(everything), "optimizer": digest(self.optimizer.state_dict())}
+
+    def whole_model(self) -> nn.Module:
+        return self.model
+
+    def _weights(self, names: frozenset[str]) -> dict[str, Tensor]:
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if name in names}
+        return trained | {f"buffer:{name}": b.detach() for name, b in self.model.named_buffers()}
+
+
+def put(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Copy stored tensors into live ones.
+
+    Raises:
+        ValueError: they are not of the same names, shapes and dtypes.
+    """
+    if expected.keys() != stored.keys():
+        odd = sorted(expected.keys() ^ stored.keys())
+        raise ValueError(f"{len(odd)} tensors are not in both, the first is {odd[0]}")
+    for name, tensor in expected.items():
+        if tensor.shape != stored[name].shape or tensor.dtype != stored[name].dtype:
+            raise ValueError(f"{name} has another shape or dtype")
+        tensor.copy_(stored[name])
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
