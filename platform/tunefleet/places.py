@@ -26,12 +26,11 @@ SITES = (
     Site("ZeRO-1", 2, "zero1"),
     Site("ZeRO-2", 2, "zero2"),
     Site("ZeRO-3", 2, "zero3"),
+    Site("FSDP2", 2, "fsdp2"),
 )
 
 BUILT: frozenset[Sharding] = frozenset()
 """The sharding engines that there are."""
-
-NOT_BUILT = "there is no DeepSpeed engine yet"
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,14 @@ def unsharded_only(method: Strategy) -> str:
     return f"{method.label()} does not run where weights or optimizer state are sharded"
 
 
+def why_not_sharded(method: Strategy, sharding: Sharding) -> str | None:
+    """Why a run is not sharded so, by the method's traits or for want of an engine; None if it may be."""
+    why = forbidden_sharding(method, sharding)
+    if why is None and sharding not in BUILT:
+        return f"there is no engine for {in_words(sharding)} yet"
+    return why
+
+
 def in_words(sharding: Sharding) -> str:
     """A sharding as people write it."""
     return "FSDP2" if sharding == "fsdp2" else f"ZeRO-{sharding[-1]}"
@@ -86,12 +93,10 @@ def in_words(sharding: Sharding) -> str:
 def refusal(method: Strategy, site: Site) -> Cell:
     """Whether a method runs in a site."""
     why = too_many_workers(method, site.workers if site.sharding is None else 1)
-    if why is None and site.sharding is not None:
-        why = forbidden_sharding(method, site.sharding)
-    allowed = why is None
-    if allowed and site.sharding is not None and site.sharding not in BUILT:
-        why = NOT_BUILT
-    return Cell(site.label, why, allowed)
+    if why is not None or site.sharding is None:
+        return Cell(site.label, why, why is None)
+    allowed = forbidden_sharding(method, site.sharding) is None
+    return Cell(site.label, why_not_sharded(method, site.sharding), allowed)
 
 
 def matrix() -> Iterator[Line]:

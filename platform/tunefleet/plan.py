@@ -14,13 +14,13 @@ from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
-from tunefleet.places import NOT_BUILT, too_many_workers, unsharded_only
+from tunefleet.places import too_many_workers, unsharded_only, why_not_sharded
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
 from tunefleet.shapes import ClusterShape, DataShape
 from tunefleet.training.precision import resolve
-from tunefleet_strategies.contract import ModelShape, Precision, Traits
+from tunefleet_strategies.contract import ModelShape, Precision, Sharding, Traits
 
 
 class WorkerPlan(Settings):
@@ -114,6 +114,8 @@ class Plan(Settings):
         BeforeValidator(lambda value: value if isinstance(value, Recipe) else read_flat(value, written=())),
     ]
     workers: WorkerPlan
+    sharding: Sharding | None
+    """The engine that shares weights or optimizer state out over the workers; None = each holds everything."""
     precision: PrecisionPlan
     batch: BatchPlan
     cadence: CadencePlan
@@ -144,12 +146,14 @@ def make_plan(
     """
     traits = recipe.method.traits()
     workers = _worker_plan(recipe, traits, cluster)
+    sharding = _sharding(recipe, traits)
     _refuse(recipe, traits, workers)
     precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
     batch = _batch_plan(recipe, workers.count, data)
     return Plan(
         recipe=recipe,
         workers=workers,
+        sharding=sharding,
         precision=PrecisionPlan(
             compute=_dtype_name(precision.compute),
             trainable=_dtype_name(precision.trainable),
@@ -193,7 +197,6 @@ def _dtype_name(dtype: object) -> str:
 
 def _refuse(recipe: Recipe, traits: Traits, workers: WorkerPlan) -> None:
     """Refuse what the method's traits exclude, whatever the model is."""
-    _refuse_deepspeed(recipe, traits)
     label, training = recipe.method.label(), recipe.training
     if not traits.accumulation and training.gradient_accumulation_steps > 1:
         raise Refused(
@@ -217,13 +220,19 @@ def _refuse(recipe: Recipe, traits: Traits, workers: WorkerPlan) -> None:
         )
 
 
-def _refuse_deepspeed(recipe: Recipe, traits: Traits) -> None:
-    if recipe.training.deepspeed is None:
-        return
-    mend = "leave the key out to train with plain data parallelism over ray_num_workers"
-    if not traits.shardings:
-        raise Refused(f"{unsharded_only(recipe.method)}, but deepspeed is written: {mend}.")
-    raise Refused(f"deepspeed is read, but {NOT_BUILT}: {mend}.")
+def _sharding(recipe: Recipe, traits: Traits) -> Sharding | None:
+    """The engine that the recipe asks for."""
+    training, mend = recipe.training, "to train with plain data parallelism over ray_num_workers"
+    if training.deepspeed is not None:
+        if not traits.shardings:
+            raise Refused(f"{unsharded_only(recipe.method)}, but deepspeed is written: leave the key out {mend}.")
+        raise Refused(f"deepspeed is read, but there is no engine for it yet: leave the key out {mend}.")
+    if training.sharding == "none":
+        return None
+    why = why_not_sharded(recipe.method, training.sharding)
+    if why is not None:
+        raise Refused(f"{why}, but sharding is {training.sharding}: write sharding: none {mend}.")
+    return training.sharding
 
 
 def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:

@@ -52,6 +52,7 @@ HELD_OUT: dict[str, object] = {"val_size": 0.1, "eval_strategy": "steps"}
             ("gradient_checkpointing", "disable_gradient_checkpointing"),
             {"disable_gradient_checkpointing": None},
         ),
+        ({"sharding": "fsdp2", "deepspeed": "z3.json"}, ("sharding", "deepspeed"), {"deepspeed": None}),
         ({"output_dir": ".."}, ("output_dir", "ray_run_name"), {"ray_run_name": "first"}),
     ],
 )

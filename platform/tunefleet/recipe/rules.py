@@ -141,6 +141,13 @@ def _adapter_without_base(v: Values) -> Problem | None:
     return Problem("create_new_adapter", what, "remove create_new_adapter, or name the adapter in adapter_name_or_path")
 
 
+def _two_shardings(v: Values) -> Problem | None:
+    if v.text("sharding") == "none" or v.values["deepspeed"] is None:
+        return None
+    what = f"sharding: {v.text('sharding')} and deepspeed both share the model out"
+    return Problem("sharding", what, "keep one of them")
+
+
 def _nameless(v: Values) -> Problem | None:
     if v.on("ray_run_name") or slug(v.text("output_dir")):
         return None
@@ -171,6 +178,7 @@ RULES: tuple[Rule, ...] = (
     (("neat_packing", "packing"), _packing_and_not),
     (("gradient_checkpointing", "disable_gradient_checkpointing"), _checkpointing_and_not),
     (("create_new_adapter", "adapter_name_or_path"), _adapter_without_base),
+    (("sharding", "deepspeed"), _two_shardings),
     (("output_dir", "ray_run_name"), _nameless),
 )
 """The keys that a rule reads, and the rule. It is passed over where one of them is absent or wrong in itself."""

@@ -81,6 +81,11 @@ class TrainingSettings(Settings):
     deepspeed: DeepSpeedConfig = Field(
         None, description="A DeepSpeed configuration: the path of its JSON file, or a mapping. Needs its engine."
     )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="`fsdp2` shares weights, gradients and optimizer state out over the workers (PyTorch's "
+        "`fully_shard`), so that each holds a part of the model; `deepspeed` is the other way.",
+    )
     dataloader_num_workers: int = Field(
         0, ge=0, description="Threads that lay out coming batches on each worker; 0 = in the loop itself."
     )

@@ -22,7 +22,8 @@ from tunefleet.training.layout import Layout, choose_layout
 from tunefleet.training.loop import Feed, Gauge, Step, evaluate, train
 from tunefleet.training.loss import Objective, objective
 from tunefleet.training.schedule import LearningRate, build_scheduler
-from tunefleet.worker.mount import Mounted, mount
+from tunefleet.worker.mounting.mount import mount
+from tunefleet.worker.mounting.mounted import Mounted
 from tunefleet.worker.seat import Seat
 from tunefleet.worker.start import Start
 from tunefleet_strategies.contract import Precision

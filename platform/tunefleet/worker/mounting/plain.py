@@ -1,9 +1,8 @@
-"""Model, method and optimizer put onto the engine that the plan names."""
+"""The plain engine: every rank has the whole model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -11,35 +10,14 @@ from tunefleet.models import load_model, model_shape
 from tunefleet.plan import Plan
 from tunefleet.training.activations import checkpoint_activations
 from tunefleet.training.checkpoint import RunState, trained_names
-from tunefleet.training.engines.engine import Engine
 from tunefleet.training.engines.plain import PlainEngine
-from tunefleet.training.settings import TrainingSettings
+from tunefleet.worker.mounting.mounted import Mounted, optimizer_spec
 from tunefleet.worker.seat import Seat
-from tunefleet_strategies.contract import AttachContext, ModelShape, OptimizerSpec, Precision
+from tunefleet_strategies.contract import AttachContext, Precision
 
 
-@dataclass(frozen=True)
-class Mounted:
-    """An engine with a model on it, before any checkpoint is put in."""
-
-    state: RunState
-    shape: ModelShape
-    """Of the whole model, however the engine shares it out."""
-
-    @property
-    def engine(self) -> Engine:
-        return self.state.engine
-
-
-def mount(plan: Plan, seat: Seat, initial: Mapping[str, Tensor] | None) -> Mounted:
-    """Load the model, attach the method, build the optimizer. Collective.
-
-    Args:
-        initial: what the method kept of the run's first moment; None where that is now.
-
-    Raises:
-        Refused, StrategyError: model and method do not go together.
-    """
+def mount_plain(plan: Plan, seat: Seat, initial: Mapping[str, Tensor] | None) -> Mounted:
+    """Load the model whole, attach the method, build the optimizer. Arguments as in `mount`. Collective."""
     method, precision = plan.recipe.method, plan.precision.resolved()
     model = seat.together(lambda: _attached(plan, seat, precision, initial))
     trained = trained_names(model)  # before there is an optimizer, which may narrow what requires a gradient
@@ -64,15 +42,3 @@ def _plain(plan: Plan, model: nn.Module, precision: Precision) -> PlainEngine:
     optimizer = method.optimizer(model, optimizer_spec(training))
     clips = method.traits().clipping
     return PlainEngine(model, optimizer, precision, max_grad_norm=training.max_grad_norm if clips else 0.0)
-
-
-def optimizer_spec(settings: TrainingSettings) -> OptimizerSpec:
-    """What the recipe says of the optimizer."""
-    return OptimizerSpec(
-        name=settings.optim,
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-    )
