@@ -145,11 +145,13 @@ def start(
     learning_rate: float = 3e-3,
     epsilon: float = 1e-8,
     seed: int = 5,
+    device: str = "cpu",
     **engine: Any,
 ) -> Run:
     """A run at its beginning, as `worker.run` builds one. `engine` goes to `PlainEngine`."""
     rows = rows or MemoryRows()
-    model = strategy.attach(build(ARCHITECTURES[architecture]), AttachContext(precision, seed, initial=initial))
+    base = nn.Module.to(build(ARCHITECTURES[architecture]), device)
+    model = strategy.attach(base, AttachContext(precision, seed, initial=initial))
     layout = choose_layout(model, precision)
     trained = trained_names(model)
     spec = OptimizerSpec("adamw_torch", learning_rate, eps=epsilon, weight_decay=0.01, seed=seed)

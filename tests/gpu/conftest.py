@@ -1,0 +1,16 @@
+"""Where the shared tiny models are, and the world of runs under Ray."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.worker.under_ray import World
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_model: Path, quickstart_world: Path, ray_address: str) -> World:
+    return World(tmp_path, tiny_model, quickstart_world, ray_address)
