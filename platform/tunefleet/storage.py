@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -31,6 +31,9 @@ CHUNK_BYTES = 8 * 2**20
 OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
 STEP_NAME = re.compile(r"step_(\d{8,})")
 STALE_NAME = re.compile(r"\..+\.tmp-[0-9a-f]{32}")
+
+Files = dict[str, dict[str, int | str]]
+"""The files of a folder, by name: `size` in bytes and `sha256`."""
 
 
 class Damaged(RunFailed):
@@ -97,24 +100,69 @@ class Place:
         Raises:
             Refused: there is no such folder, or it holds a file of its own named complete.json.
         """
-        if not folder.is_dir():
-            raise Refused(f"{folder} is no folder; nothing can be copied from it to {self.uri}.")
-        names = _file_names(folder)
-        if COMPLETE in names:
-            raise Refused(f"{folder} holds a file named {COMPLETE}, the seal's own name; give that file another.")
-        if not self._renames:
-            # The old seal goes first: from here until the new one is written this folder counts as incomplete.
-            self.child(COMPLETE).delete()
-            self.delete()
-            self._fill(folder, names)
+        self._names_to_copy(folder)
+        staging = self.staging()
+        try:
+            self.seal(staging, [staging.fill(folder)])
+        except BaseException:
+            staging.discard()
+            raise
+
+    def staging(self) -> Place:
+        """An empty place for the files of a folder that shall appear here: one for all of its writers."""
+        if self._renames:
+            return self._temporary()
+        # The old seal goes first: from here until the new one is written this folder counts as incomplete.
+        self.child(COMPLETE).delete()
+        self.delete()
+        return self
+
+    def fill(self, folder: Path) -> Files:
+        """Copy the files of a local folder into a staging place, where other writers may do the same.
+
+        Raises:
+            Refused: there is no such folder, or it holds a file of its own named complete.json.
+        """
+        written: Files = {}
+        for name in self._names_to_copy(folder):
+            with (folder / name).open("rb") as source, _writer(self.child(name)) as stream:
+                digest = _copy_hashed(source, stream)
+                written[name] = {"size": source.tell(), "sha256": digest}
+        return written
+
+    def seal(self, staging: Place, parts: Sequence[Files]) -> None:
+        """Let what the writers put into `staging` appear here, in place of what was here. The last step of a save.
+
+        Args:
+            parts: what each writer's `fill` returned.
+
+        Raises:
+            RunFailed: two writers wrote a file of the same name, or a file of one of them has not arrived.
+        """
+        files: Files = {}
+        for number, part in enumerate(parts):
+            for name in sorted(part.keys() & files.keys()):
+                raise RunFailed(
+                    f"Rank {number} and one before it both wrote {name} of {self.uri}: one of them is lost."
+                )
+            files |= part
+        problem = staging._size_problem(files)
+        if problem is not None:
+            raise RunFailed(f"{self.uri} did not arrive whole ({problem}): does every node reach this very storage?")
+        with _writer(staging.child(COMPLETE)) as stream:
+            stream.write(json.dumps({"files": files}, indent=1).encode("utf-8"))
+        if staging.path == self.path:
             return
-        temporary = self._temporary()
-        temporary._fill(folder, names)
         old = self._temporary()
         if self.exists():
             self.filesystem.move(self.path, old.path)
-        self.filesystem.move(temporary.path, self.path)
+        self.filesystem.move(staging.path, self.path)
         old.delete()
+
+    def discard(self) -> None:
+        """Remove a staging place whose writers failed; what cannot be removed is unsealed and counts for nothing."""
+        with suppress(OSError):
+            self.delete()
 
     def mirror(self, folder: Path) -> None:
         """Copy every file of a growing local folder here, each one atomically; nothing is removed, nothing sealed."""
@@ -177,7 +225,7 @@ class Place:
     def _temporary(self) -> Place:
         return self.sibling(f".{self.name}.tmp-{uuid.uuid4().hex}")
 
-    def _seal(self) -> dict[str, dict[str, int | str]] | None:
+    def _seal(self) -> Files | None:
         """Read `complete.json`: file name -> size and sha256. None where it is missing or torn."""
         try:
             files = json.loads(self.child(COMPLETE).read_text())["files"]
@@ -191,7 +239,7 @@ class Place:
         files = (info for info in found if info.type == FileType.File)
         return {posixpath.relpath(info.path, self.path): int(info.size) for info in files}
 
-    def _size_problem(self, seal: dict[str, dict[str, int | str]] | None) -> str | None:
+    def _size_problem(self, seal: Files | None) -> str | None:
         if seal is None:
             return None
         sizes = self._sizes()
@@ -202,15 +250,13 @@ class Place:
                 return f"{name} has {sizes[name]} bytes instead of {expected['size']}"
         return None
 
-    def _fill(self, folder: Path, names: Sequence[str]) -> None:
-        """Write every file, then `complete.json`, straight to their names."""
-        seal: dict[str, dict[str, int | str]] = {}
-        for name in names:
-            with (folder / name).open("rb") as source, _writer(self.child(name)) as stream:
-                digest = _copy_hashed(source, stream)
-                seal[name] = {"size": source.tell(), "sha256": digest}
-        with _writer(self.child(COMPLETE)) as stream:
-            stream.write(json.dumps({"files": seal}, indent=1).encode("utf-8"))
+    def _names_to_copy(self, folder: Path) -> list[str]:
+        if not folder.is_dir():
+            raise Refused(f"{folder} is no folder; nothing can be copied from it to {self.uri}.")
+        names = _file_names(folder)
+        if COMPLETE in names:
+            raise Refused(f"{folder} holds a file named {COMPLETE}, the seal's own name; give that file another.")
+        return names
 
     def _reader(self) -> BinaryIO:
         return cast(BinaryIO, self.filesystem.open_input_stream(self.path))

@@ -63,7 +63,7 @@ class Loaded:
 def save(folder: Path, state: RunState, progress: Progress, *, only_weights: bool = False) -> None:
     """Write a checkpoint into the existing `folder`: rank 0 what is common, each rank what its engine shares out.
 
-    Collective.
+    Each rank has a folder of its own; storage makes one of them all, so no two ranks may use the same name. Collective.
 
     Args:
         only_weights: leave out what only a resume needs; `load` then refuses the checkpoint, `load_weights` takes it.
@@ -83,7 +83,7 @@ def save(folder: Path, state: RunState, progress: Progress, *, only_weights: boo
 
 
 def load(folder: Path, state: RunState) -> Loaded:
-    """Put a checkpoint back into a freshly built run. Every rank calls it with its own copy of the folder.
+    """Put a checkpoint back into a freshly built run. Every rank sees the files of all ranks in `folder`.
 
     The optimizer must have been built as at the start of the run, the model attached with `load_initial`'s tensors.
     When the number of workers changed, ranks without a stored random state keep the one they were seeded with.

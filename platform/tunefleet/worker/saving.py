@@ -23,8 +23,26 @@ def save_checkpoint(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) 
     with tempfile.TemporaryDirectory(prefix="tunefleet-", dir=_scratch(job)) as folder:
         progress = Progress(reporter.step, reporter.state())
         save(Path(folder), trainee.state, progress, only_weights=not job.plan.resumable)
-        seat.together(lambda: _store(Path(folder), target, job, reporter) if seat.leads else None)
+        store(target, Path(folder), seat)
+    seat.together(lambda: _thin_out(job, reporter) if seat.leads else None)
     reporter.saved(target)
+
+
+def store(target: Place, part: Path, seat: Seat) -> None:
+    """Make one folder of every rank's part: each brings its own files, rank 0 seals them. Collective.
+
+    Raises:
+        RunFailed: two ranks wrote a file of the same name.
+        Exception: what the file system raised, on every rank. Nothing that counts is left.
+    """
+    staging = target.sibling(seat.from_leader(lambda: target.staging().name))
+    try:
+        parts = seat.from_all(lambda: staging.fill(part))
+        seat.together(lambda: target.seal(staging, parts) if seat.leads else None)
+    except BaseException:
+        if seat.leads:
+            staging.discard()
+        raise
 
 
 def _scratch(job: Job) -> Path | None:
@@ -36,8 +54,7 @@ def _scratch(job: Job) -> Path | None:
     return scratch
 
 
-def _store(folder: Path, target: Place, job: Job, reporter: Reporter) -> None:
-    target.upload(folder)
+def _thin_out(job: Job, reporter: Reporter) -> None:
     run = job.plan.recipe.run
     best = reporter.best_step if run.load_best_model_at_end else None
     prune(job.folder.checkpoints, run.save_total_limit, None if best is None else step_name(best))

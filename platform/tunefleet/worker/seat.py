@@ -28,6 +28,10 @@ class Seat:
     rank: int
     world: int
     device: torch.device
+    local_rank: int = 0
+    """The number among the ranks of this node."""
+    node: int = 0
+    """The number of this node among those of the run."""
 
     @property
     def leads(self) -> bool:
@@ -45,6 +49,29 @@ class Seat:
             dist.broadcast_object_list(box, src=0)
         told: _T = box[0]
         return told
+
+    def from_all(self, work: Callable[[], _T]) -> list[_T]:
+        """What `work` returns on every rank, by rank; where it fails on one, it fails on all. Collective.
+
+        Raises:
+            Exception: as `together`.
+        """
+        own = self.together(work)
+        told: list[Any] = [own] * self.world
+        if self.world > 1:
+            dist.all_gather_object(told, own)
+        return told
+
+    def from_node(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns on the first rank of this node, where alone it is done. Collective.
+
+        Raises:
+            Exception: as `together`.
+        """
+        first = self.local_rank == 0
+        everybody: list[tuple[int, bool, Any]] = self.from_all(lambda: (self.node, first, work() if first else None))
+        told: list[_T] = [result for node, leads, result in everybody if leads and node == self.node]
+        return told[0]
 
     def together(self, work: Callable[[], _T]) -> _T:
         """Do `work` on every rank; where it fails on one, fail on all, so that none waits for one that gave up.
@@ -75,7 +102,13 @@ class Seat:
 def take_seat(plan: Plan) -> Seat:
     """Prepare this process: folder, threads, deterministic kernels."""
     context = ray.train.get_context()
-    seat = Seat(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    seat = Seat(
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.get_device(),
+        context.get_local_rank(),
+        context.get_node_rank(),
+    )
     root = Path(plan.place.root)
     if root.is_dir():  # on another node the shipped working directory stands in for it
         os.chdir(root)

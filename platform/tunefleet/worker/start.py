@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class Start:
 
 @dataclass(frozen=True)
 class _Found:
-    uri: str | None
+    name: str | None
+    """Of a checkpoint of this run, or the URI of another one."""
     is_own: bool = True
     notices: tuple[str, ...] = ()
 
@@ -43,22 +44,29 @@ class _Found:
 def found_start(job: Job, seat: Seat) -> Iterator[Start]:
     """The newest whole checkpoint of the run, else the one that the recipe names, for as long as the block lasts.
 
-    Every rank goes on from what rank 0 found. Collective.
+    Every rank goes on from what rank 0 found, and sees the files of all ranks: where they lie, or in one copy for each
+    node. Collective; the block must be left together.
 
     Raises:
         Refused: the checkpoint that the recipe names is not whole.
     """
     found = seat.from_leader(lambda: _find(job))
-    if found.uri is None:
+    if found.name is None:
         yield Start(notices=found.notices)
         return
-    checkpoint = place(found.uri)
+    checkpoint = job.folder.checkpoints.child(found.name) if found.is_own else place(found.name)
     if checkpoint.local_path is not None:
         yield Start(checkpoint.local_path, found.is_own, found.notices)
         return
-    with tempfile.TemporaryDirectory(prefix="tunefleet-") as folder:
-        seat.together(lambda: checkpoint.download(Path(folder)))
-        yield Start(Path(folder), found.is_own, found.notices)
+    with ExitStack() as stack:  # on the node's first rank, which leaves the block when all have loaded
+        yield Start(seat.from_node(lambda: _downloaded(checkpoint, stack)), found.is_own, found.notices)
+
+
+def _downloaded(checkpoint: Place, stack: ExitStack) -> Path:
+    """A copy of a checkpoint that lasts as long as `stack`."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunefleet-")))
+    checkpoint.download(folder)
+    return folder
 
 
 def _find(job: Job) -> _Found:
@@ -68,7 +76,7 @@ def _find(job: Job) -> _Found:
         hashes = job.folder.checkpoints.local_path is not None
         newest, notices = newest_complete(job.folder.checkpoints, hashes=hashes)
         if newest is not None:
-            return _Found(newest.uri, True, tuple(notices))
+            return _Found(newest.name, True, tuple(notices))
     wish = job.plan.recipe.run.resume_from_checkpoint
     if isinstance(wish, str):
         return _Found(_named(wish, job).uri, False, tuple(notices))
