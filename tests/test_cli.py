@@ -233,6 +233,23 @@ def test_what_cannot_run_is_refused_with_code_two(command: Command, recipe: Path
     assert is_one_sentence(answer.err)
 
 
+def test_two_workers_of_ratio_mode_are_refused_before_anything_starts(
+    command: Command, recipe: Path, tmp_path: Path
+) -> None:
+    written = ["use_badam=true", "badam_mode=ratio", "ray_num_workers=2", "bf16=true"]
+    before = everything(tmp_path)
+    for name in ("plan", "train"):
+        answer = command(name, recipe, *written)
+        assert (answer.code, answer.out) == (2, "")
+        assert answer.err == (
+            "badam with badam_mode: ratio runs on one worker, but ray_num_workers is 2: write ray_num_workers: 1 and "
+            "gradient_accumulation_steps: 2 to keep the global batch.\n"
+        )
+        assert everything(tmp_path) == before
+    mended = command("plan", recipe, *written[:2], "ray_num_workers=1", "gradient_accumulation_steps=2", "--json")
+    assert mended.json()["batch"]["global_batch_samples"] == 16
+
+
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +304,9 @@ def test_the_matrix_says_where_each_method_runs(command: Command, monkeypatch: p
     answer = command("methods", "--matrix")
     assert answer.code == 0
     assert "badam with badam_mode: ratio runs on one worker" in answer.out
+    monkeypatch.setenv("COLUMNS", "80")  # as where the output is no terminal
+    narrow = command("methods", "--matrix").out
+    assert all(word in narrow for line in lines for word in line["form"].split())
     assert (
         command("methods", "--matrix", "--markdown").out
         == (Path(__file__).resolve().parents[1] / "docs" / "places.md").read_text()

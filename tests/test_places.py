@@ -16,8 +16,12 @@ from tunefleet_strategies.registry import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = list(matrix())
-RUN_ELSEWHERE = {("galore", "optimizer_backend: upstream"), ("badam", "optimizer_backend: upstream")}
-"""Forms whose state cannot be saved: tests/worker/test_galore_runs.py and tests/contract/test_badam.py run them."""
+RUN_ELSEWHERE = {
+    ("galore", "optimizer_backend: upstream"),
+    ("badam", "optimizer_backend: upstream"),
+    ("badam", "badam_mode: ratio and optimizer_backend: upstream"),
+}
+"""Forms whose state cannot be saved: tests/worker/test_galore_runs.py and test_badam_runs.py run them."""
 
 
 def cells(method: Strategy) -> dict[str, Cell]:

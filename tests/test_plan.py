@@ -290,9 +290,19 @@ def test_an_optimizer_without_decay_refuses_weight_decay() -> None:
     keys: dict[str, Any] = {"finetuning_type": "full", "use_badam": True, "badam_mode": "ratio", "lora_rank": None}
     keys |= {"weight_decay": 0.1, "gradient_accumulation_steps": 1}
     assert refusal(recipe(**keys, optimizer_backend="upstream")) == (
-        "badam with badam_mode: ratio knows no weight decay, but weight_decay is 0.1: write weight_decay: 0."
+        "badam with badam_mode: ratio and optimizer_backend: upstream knows no weight decay, but weight_decay is 0.1: "
+        "write weight_decay: 0."
     )
     assert make_plan(recipe(**keys), DECODER, data(), LAPTOP, "/work").recipe.training.weight_decay == 0.1
+
+
+def test_what_only_the_published_ratio_mode_cannot_do_is_not_laid_on_ratio_mode() -> None:
+    keys: dict[str, Any] = {"finetuning_type": "full", "use_badam": True, "badam_mode": "ratio", "lora_rank": None}
+    accumulated = keys | {"gradient_accumulation_steps": 4}
+    assert refusal(recipe(**accumulated, optimizer_backend="upstream")).startswith(
+        "badam with badam_mode: ratio and optimizer_backend: upstream cannot accumulate gradients, but"
+    )
+    assert make_plan(recipe(**accumulated), DECODER, data(), LAPTOP, "/work").resumable
 
 
 def test_what_only_changes_what_is_said_may_change_in_a_continued_run() -> None:

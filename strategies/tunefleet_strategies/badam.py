@@ -76,6 +76,7 @@ class BAdam(Strategy):
     forms: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "badam_mode: ratio": {"badam_mode": "ratio"},
         "optimizer_backend: upstream": {"optimizer_backend": "upstream"},
+        "badam_mode: ratio and optimizer_backend: upstream": {"badam_mode": "ratio", "optimizer_backend": "upstream"},
     }
     free: ClassVar[frozenset[str]] = frozenset({"badam_verbose"})
 
@@ -143,7 +144,7 @@ class BAdam(Strategy):
             # The published one masks gradients in hooks, and moves its mask once for each backward pass.
             return Traits(
                 max_workers=1,
-                limited_by="badam_mode: ratio",
+                limited_by="badam_mode: ratio" + (" and optimizer_backend: upstream" if upstream else ""),
                 accumulation=not upstream,
                 resumable=not upstream,
                 decay=not upstream,
@@ -180,14 +181,14 @@ class BAdam(Strategy):
     def _schedule(self, blocks: int, seed: int = 0) -> BlockSchedule:
         return BlockSchedule(blocks, self.badam_switch_interval, self.badam_switch_mode, self.badam_start_block, seed)
 
-    def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
+    def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """What stays as it is for the whole run, and what fp32 weights cost."""
         parameters = tuple(ParameterShape(name, tuple(p.shape), False) for name, p in model.named_parameters())
         blocks = self._blocks([parameter.name for parameter in parameters], anatomy(model))
         found = self._left_out(parameters, blocks)
         if self.badam_mode == "layer" and updates is not None:
-            found += self._never_visited(blocks, updates)
-        return found + self._lost_bytes(model, parameters, blocks)
+            found += self._never_visited(blocks, updates, seed)
+        return found + self._lost_bytes(model, parameters, blocks) + self._published_rules()
 
     def _left_out(self, parameters: Sequence[ParameterShape], blocks: Sequence[BlockNames]) -> list[str]:
         trained = {name for block in blocks for name in block.names}
@@ -205,8 +206,12 @@ class BAdam(Strategy):
             f"{mend} would train them"
         ]
 
-    def _never_visited(self, blocks: Sequence[BlockNames], updates: int) -> list[str]:
-        visited = self._schedule(len(blocks)).visited(updates)
+    def _never_visited(self, blocks: Sequence[BlockNames], updates: int, seed: int | None) -> list[str]:
+        """The blocks that a run of so many updates does not reach, by simulating its schedule."""
+        upstream = self.optimizer_backend == "upstream"
+        # The published optimizer moves on one update early, once.
+        counted = updates + 1 if upstream and self.badam_switch_interval > 1 else updates
+        visited = self._schedule(len(blocks), seed or 0).visited(counted)
         if len(visited) == len(blocks):
             return []
         labels = [block.label for block in blocks]
@@ -216,11 +221,20 @@ class BAdam(Strategy):
             mend += "" if self.badam_switch_mode != "fixed" else ", with badam_switch_mode: ascending"
         else:
             mend = f"it takes at least {len(blocks)} updates to reach every block"
-        if self.badam_switch_mode == "random" and self.badam_start_block is None:
-            told = f"{len(blocks) - len(visited)} of {len(blocks)} blocks, drawn by the seed,"
-        else:
-            told = listed(labels, set(range(len(blocks))) - visited)
+        # It draws from the global random state, so its order is not known beforehand.
+        drawn = self.badam_switch_mode == "random" and (upstream or seed is None)
+        never = set(range(len(blocks))) - visited
+        told = f"{len(never)} of {len(blocks)} blocks, drawn at random," if drawn else listed(labels, never)
         return [f"{keys} never train {told} in {updates} updates; {mend}"]
+
+    def _published_rules(self) -> list[str]:
+        """What the published optimizer of layer mode does otherwise, where nothing fails that would tell of it."""
+        if self.optimizer_backend == "native" or self.badam_mode == "ratio":
+            return []
+        return [
+            "optimizer_backend: upstream keeps the rules of the package badam: the first block gets one update less, "
+            "and weight_decay touches norms and biases too; optimizer_backend: native does neither"
+        ]
 
     def _lost_bytes(
         self, model: nn.Module, parameters: Sequence[ParameterShape], blocks: Sequence[BlockNames]

@@ -244,12 +244,13 @@ class Strategy(BaseModel, ABC):
         """Tensors of the freshly attached model that later steps need unchanged (PiSSA's A0 and B0)."""
         return {}
 
-    def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
+    def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """Sentences that a person should read before the run starts.
 
         Args:
             model: attached, possibly on meta tensors.
             updates: how many the run has, where that is known.
+            seed: what the run draws by, where that is known.
         """
         return []
 

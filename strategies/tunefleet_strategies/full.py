@@ -51,7 +51,7 @@ class Full(Strategy):
         hold(model, context.precision)
         return model
 
-    def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
+    def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """Say what half-precision weights without a master copy cost."""
         return low_precision_notices(model)
 

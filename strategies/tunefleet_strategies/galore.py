@@ -170,7 +170,7 @@ class GaLore(Strategy):
         hold(model, context.precision)
         return model
 
-    def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
+    def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """Say what was cut or left as it is, and what half-precision weights without a master copy cost."""
         told = low_precision_notices(model) if self.bf16_rounding == "nearest" else []
         if self.bf16_rounding == "stochastic" and not any(p.dtype == torch.bfloat16 for p in model.parameters()):

@@ -166,7 +166,7 @@ class Lora(Strategy):
 
         return {name: value.detach().clone() for name, value in factors(_adapted(model)).items()}
 
-    def notices(self, model: nn.Module, updates: int | None = None) -> list[str]:
+    def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """The scale of rsLoRA, what is not adapted, and settings that a continued adapter overrules."""
         from tunefleet_strategies.notices import lora_notices
 

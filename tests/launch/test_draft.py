@@ -19,6 +19,7 @@ from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, NodeShape
 from tunefleet_strategies.contract import AttachContext, Precision, StrategyError
+from tunefleet_strategies.optim.block_schedule import BlockSchedule
 
 LAPTOP = ClusterShape((NodeShape(cpus=2),), cpu=Hardware("cpu", bf16=False))
 FP32 = Precision(torch.float32, torch.float32, torch.float32)
@@ -196,3 +197,16 @@ def test_weights_without_a_master_copy_are_warned_of(quickstart_world: Path, cac
 def test_notices_of_the_method_stand_once_in_the_plan(quickstart_world: Path, cache: Path) -> None:
     read = recipe(quickstart_world, cache, pissa_init=True, lora_dropout=0.1)
     assert len(notices(draft(read, LAPTOP, cache), "pissa_init with lora_dropout")) == 1
+
+
+def test_the_plan_names_the_blocks_that_the_run_will_not_train(quickstart_world: Path, cache: Path) -> None:
+    """Two layers, one visit: the seed of the run decides which one it is."""
+    keys: dict[str, object] = {"finetuning_type": "full", "use_badam": True, "badam_switch_mode": "random"}
+    told = set()
+    for seed in range(6):
+        read = recipe(quickstart_world, cache, **keys, seed=seed, max_steps=10)
+        first = BlockSchedule(2, 50, "random", seed=seed).block(0)
+        (text,) = notices(draft(read, LAPTOP, cache, with_data=False), "never train")
+        assert f"never train model.layers.{1 - first} in 10 updates" in text
+        told.add(first)
+    assert told == {0, 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,6 +128,8 @@ def test_traits_by_mode() -> None:
     for mode, accumulates in (("layer", True), ("ratio", False)):
         upstream = BAdam(badam_mode=mode, optimizer_backend="upstream").traits()
         assert (upstream.max_workers, upstream.resumable, upstream.accumulation) == (1, False, accumulates)
+    both = BAdam(badam_mode="ratio", optimizer_backend="upstream")
+    assert both.label() == "badam with badam_mode: ratio and optimizer_backend: upstream"
 
 
 def test_norms_and_biases_are_not_decayed(architecture: str, build: Call, attach: Call) -> None:
@@ -216,7 +219,7 @@ def test_what_stays_as_it_is_is_told(build: Call, attach: Call, pure_bf16: Preci
         ({"badam_switch_mode": "descending"}, 50, "never train model.layers.0, model.layers.1 in 50"),
         ({"badam_switch_mode": "fixed", "badam_start_block": 1}, 900, "never train model.layers.0, model.layers.2 in"),
         ({"badam_switch_interval": -1}, 900, "never train model.layers.1, model.layers.2 in 900"),
-        ({"badam_switch_mode": "random"}, 100, "never train 1 of 3 blocks, drawn by the seed, in 100"),
+        ({"badam_switch_mode": "random"}, 100, "never train 1 of 3 blocks, drawn at random, in 100"),
         ({"badam_switch_interval": 1}, 2, "never train model.layers.2 in 2 updates; it takes at least 3 updates"),
         ({"badam_mode": "ratio"}, 10, None),
     ],
@@ -229,6 +232,47 @@ def test_blocks_that_the_schedule_never_visits_are_named(
     told = [text for text in strategy.notices(model, updates) if "never train" in text]
     assert len(told) == (0 if expected is None else 1)
     assert expected is None or expected in told[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_seed_says_which_blocks_chance_leaves_out(
+    seed: int, build: Call, attach: Call, train: Call, pure_bf16: Precision
+) -> None:
+    """What the plan foretells is what the optimizer then does."""
+    strategy = BAdam(badam_switch_mode="random", badam_switch_interval=2)
+    model = attach(strategy, build("llama"), precision=pure_bf16)
+    (told,) = [text for text in strategy.notices(model, 4, seed) if "never train" in text]
+    optimizer = strategy.optimizer(model, replace(SPEC, seed=seed))
+    assert isinstance(optimizer, BlockAdamW)
+    seen = set()
+    for _ in range(4):
+        seen.add(optimizer.active.label)
+        optimizer.step()
+    (left_out,) = {block.label for block in optimizer.blocks} - seen
+    assert f"never train {left_out} in 4 updates" in told
+
+
+def test_the_published_optimizer_moves_on_one_update_early(
+    build: Call, attach: Call, tokens: torch.Tensor, pure_bf16: Precision
+) -> None:
+    """Its blocks are foretold as it walks them, its other rules are told, and its random order is not guessed."""
+    strategy = BAdam(optimizer_backend="upstream", badam_switch_interval=2)
+    model = attach(strategy, build("llama"), precision=pure_bf16)
+    optimizer = strategy.optimizer(model, SPEC)
+    seen, told = set(), []
+    for updates in range(1, 5):
+        seen |= {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        told = [text for text in strategy.notices(model, updates) if "never train" in text]
+        missing = sorted({"0", "1", "2"} - seen)
+        assert [all(f"model.layers.{number}" in text for number in missing) for text in told] == [True] * bool(missing)
+    assert seen == {"0", "1", "2"}
+    assert told == []
+    assert any("weight_decay touches norms and biases" in text for text in strategy.notices(model))
+    drawn = strategy.model_copy(update={"badam_switch_mode": "random"})
+    assert "1 of 3 blocks, drawn at random," in " ".join(drawn.notices(model, 2, seed=0))
 
 
 def test_long_lists_of_blocks_are_drawn_together() -> None:

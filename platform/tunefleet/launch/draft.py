@@ -35,7 +35,7 @@ def draft(
     if with_data:
         prepared = tokenised(recipe, stages)
         made = make_plan(recipe, shape, data_shape(prepared), cluster, str(root), _data_notices(prepared))
-    told = recipe.method.notices(model, made.batch.updates)
+    told = recipe.method.notices(model, made.batch.updates, recipe.training.seed)
     return made.model_copy(update={"notices": (*made.notices, *told)})
 
 

@@ -26,7 +26,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     batch, workers, model = plan.batch, plan.workers, plan.model
     request = ", ".join(f"{amount:g} {name}" for name, amount in workers.resources.items())
     rows = [
-        ("method", plan.recipe.method.name),
+        ("method", plan.recipe.method.label()),
         ("workers", f"{workers.count} x ({request}), {workers.placement_strategy}, {workers.threads} thread(s) each"),
         (
             "numbers",
@@ -99,7 +99,11 @@ def methods_table(registered: Iterable[type[Strategy]]) -> Table:
 def matrix_table(lines: Iterable[Line]) -> tuple[Table, list[str]]:
     """Methods against places, and the numbered sentences that refuse."""
     sentences: dict[str, int] = {}
-    table = Table("method", *(site.label for site in SITES))
+    lines = list(lines)
+    longest = max(len(word) for line in lines for word in f"{line.method} {line.form}".split())
+    # Keys must not be cut where a terminal is narrow; the cells beside them are short words that wrap.
+    places = [Column(site.label, max_width=max(map(len, ("allowed", *site.label.split())))) for site in SITES]
+    table = Table(Column("method", min_width=longest), *places, padding=0)
     for line in lines:
         name = f"{line.method}\n{line.form}" if line.form else line.method
         table.add_row(name, *(marked(cell, sentences) for cell in line.cells))
