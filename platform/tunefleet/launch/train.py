@@ -28,6 +28,7 @@ from tunefleet.models import check_weights
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import Recipe
 from tunefleet.storage import Place, newest_complete, place, step_of
+from tunefleet.worker.events import Event
 from tunefleet.worker.failures import failures, last_failure
 from tunefleet.worker.job import JobConfig
 from tunefleet.worker.mailbox import collect, open_mailbox
@@ -94,36 +95,70 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
 
 def _fit(plan: Plan, storage: Place, folder: RunFolder, display: Display, wish: StopWish) -> dict[str, Any]:
     """Run the workers; show what they tell; pass a wish to stop on to them."""
-    mailbox = open_mailbox()
-    config: JobConfig = {
-        "plan": plan.model_dump_json(),
-        "run": folder.root.uri,
-        "mailbox": mailbox,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    function: Any = run_worker  # Ray's types know no function that returns something
-    trainer = TorchTrainer(
-        function,
-        train_loop_config=dict(config),
-        scaling_config=scaling(plan),
-        run_config=run_config(plan, storage),
-        torch_config=TorchConfig(timeout_s=plan.recipe.ray.ddp_timeout),
-    )
-    fit = _Fit(trainer)
-    fit.start()
+    running = Running(plan, storage, folder, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     told = False
-    while fit.is_alive():
-        fit.join(_POLL_SECONDS)
-        for event in collect(mailbox):
+    while running.goes_on():
+        for event in running.events():
             display.show(event)
         if wish.signal is not None and not told:
             display.note("stopping: the workers save a checkpoint at the next step (once more to break off at once)")
-            mailbox.stop.remote()
+            running.stop()
             told = True
-    for event in collect(mailbox):
+    for event in running.events():
         display.show(event)
-    ray.kill(mailbox)
-    return fit.summary(folder)
+    return running.summary()
+
+
+class Running:
+    """A run under way: its workers train, and this process hears of it."""
+
+    def __init__(self, plan: Plan, storage: Place, folder: RunFolder, command: str) -> None:
+        """Start the workers of a run whose folder is claimed and open.
+
+        Args:
+            command: what repeats the run.
+        """
+        self._folder = folder
+        self._mailbox = open_mailbox()
+        config: JobConfig = {
+            "plan": plan.model_dump_json(),
+            "run": folder.root.uri,
+            "mailbox": self._mailbox,
+            "command": command,
+        }
+        function: Any = run_worker  # Ray's types know no function that returns something
+        trainer = TorchTrainer(
+            function,
+            train_loop_config=dict(config),
+            scaling_config=scaling(plan),
+            run_config=run_config(plan, storage),
+            torch_config=TorchConfig(timeout_s=plan.recipe.ray.ddp_timeout),
+        )
+        self._fit = _Fit(trainer)
+        self._fit.start()
+
+    def goes_on(self, seconds: float = _POLL_SECONDS) -> bool:
+        """Wait for the run's end, but not longer than `seconds`. Returns whether it still goes on."""
+        self._fit.join(seconds)
+        return self._fit.is_alive()
+
+    def events(self) -> list[Event]:
+        """What the workers have told since the last time, oldest first."""
+        return collect(self._mailbox)
+
+    def stop(self) -> None:
+        """Ask the workers to save a checkpoint at the next step and to end."""
+        self._mailbox.stop.remote()
+
+    def summary(self) -> dict[str, Any]:
+        """What rank 0 returned; the line to the workers is closed.
+
+        Raises:
+            Refused: the workers found that the recipe cannot run.
+            RunFailed: anything else went wrong.
+        """
+        ray.kill(self._mailbox)
+        return self._fit.summary(self._folder)
 
 
 def _what_is_left(folder: RunFolder) -> str:
