@@ -24,6 +24,7 @@ from tunefleet.artifacts.record import (
     write_result,
 )
 from tunefleet.training.loop import Step
+from tunefleet.training.stopwatch import Pace
 
 UPDATES = 23
 
@@ -43,6 +44,7 @@ def update(number: int) -> Step:
         tokens_per_second=1.0,
         mfu=0.25,
         stopped=False,
+        pace=Pace(100, 0.01, 0.05),
     )
 
 

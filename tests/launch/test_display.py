@@ -12,6 +12,7 @@ from rich.console import Console
 from tunefleet.artifacts.metrics import Line
 from tunefleet.launch.display import LineDisplay, LiveDisplay, open_display
 from tunefleet.training.loop import Step
+from tunefleet.training.stopwatch import Pace
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 
 
@@ -28,6 +29,7 @@ def step(number: int, mfu: float | None = None) -> Step:
         tokens_per_second=1234.5,
         mfu=mfu,
         stopped=False,
+        pace=Pace(100, 0.01, 0.05),
     )
 
 
@@ -87,6 +89,21 @@ def test_each_event_is_one_line_in_a_log(event: Event, shown: str) -> None:
 )
 def test_a_line_of_the_metrics_is_a_line_of_the_log(logged: Line, shown: str) -> None:
     assert in_a_log(Started(0, 20, 1), Logged(logged))[1:] == [shown]
+
+
+def with_workers(data_wait_seconds: float) -> Line:
+    workers = {
+        "step_seconds": [2.0, 2.0],
+        "data_wait_seconds": [0.0, data_wait_seconds],
+        "memory_peak_bytes": [2.0**29, 3.0 * 2**30],
+    }
+    return line(4) | {"workers": workers}
+
+
+def test_of_the_workers_it_says_the_memory_and_long_waits_for_data() -> None:
+    assert in_a_log(Logged(with_workers(0.1)))[0].endswith("1,234 tok/s  3.0 GiB")
+    assert in_a_log(Logged(with_workers(0.6)))[0].endswith("1,234 tok/s  3.0 GiB  waits for data 30%")
+    assert "3.0 GiB" in on_a_terminal([Started(0, 20, 2), Logged(with_workers(0.1)), Stepped(step(5))])[-1]
 
 
 def test_updates_between_two_lines_of_the_metrics_are_silent_in_a_log() -> None:

@@ -10,10 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from tunefleet.artifacts.metrics import Line
-
-# Metrics that are no curves of their own.
-NO_CURVE = frozenset({"step", "seconds"})
+from tunefleet.artifacts.metrics import Line, scalars
 
 
 class Curves:
@@ -42,13 +39,5 @@ class Curves:
         self._writer.close()
 
     def _add(self, line: Line) -> None:
-        values = [
-            Summary.Value(tag=_tag(key), simple_value=value)
-            for key, value in line.items()
-            if key not in NO_CURVE and value is not None
-        ]
-        self._writer.add_event(Event(wall_time=time.time(), step=int(line["step"] or 0), summary=Summary(value=values)))
-
-
-def _tag(key: str) -> str:
-    return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(line).items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=int(line["step"]), summary=Summary(value=values)))

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from tunefleet.artifacts.metrics import METRICS, Line, dump, rewind
+from tunefleet.artifacts.metrics import METRICS, WORKERS, Line, dump, rewind
 from tunefleet.artifacts.surroundings import git_commit, host_facts, versions
 from tunefleet.storage import place
 
@@ -71,7 +71,7 @@ class Sums:
         self.tokens += step.tokens
         self.seconds += step.seconds
 
-    def line(self, step: Step, measurements: Mapping[str, float]) -> Line:
+    def line(self, step: Step, measurements: Mapping[str, float], workers: Mapping[str, Sequence[float]]) -> Line:
         """The line of a logged step: the mean over every target token since the line before; then start anew.
 
         `learning_rate`, `grad_norm` and the method's measurements are those of this update, `tokens` counts from the
@@ -90,6 +90,7 @@ class Sums:
             "mfu": mfu_seconds / seconds if seconds and mfu_seconds is not None else None,
             "seconds": self.seconds,
             **measurements,
+            **({WORKERS: {figure: list(values) for figure, values in workers.items()}} if workers else {}),
         }
         self.loss, self.target_tokens, self.line_tokens, self.line_seconds, self.line_mfu_seconds = 0.0, 0, 0, 0.0, 0.0
         self.lines += 1
@@ -156,18 +157,24 @@ class Recorder:
         """The step with the lowest evaluation loss so far (the first of equals)."""
         return self._sums.best_step
 
-    def step(self, step: Step, measure: Callable[[], Mapping[str, float]] = dict) -> Line | None:
+    def step(
+        self,
+        step: Step,
+        measure: Callable[[], Mapping[str, float]] = dict,
+        workers: Mapping[str, Sequence[float]] | None = None,
+    ) -> Line | None:
         """Take an update in. Returns the line that was written, if this step has one.
 
         Args:
             measure: called for the method's own figures of this update, if it has a line.
+            workers: for each figure of the workers since the line before one number for each rank, if it has a line.
         """
         self.executed += 1
         self._last_step = step.step
         self._sums.add(step)
-        if step.step % self._logging_steps and step.step != self._updates:
+        if not has_line(step.step, self._logging_steps, self._updates):
             return None
-        line = self._sums.line(step, measure())
+        line = self._sums.line(step, measure(), workers or {})
         self._write(line)
         return line
 
@@ -240,6 +247,11 @@ class Recorder:
         self._attempts[-1] |= {"executed_steps": self.executed, "end_step": self._last_step}
         text = "".join(json.dumps(attempt) + "\n" for attempt in self._attempts)
         place(self._folder / ATTEMPTS).write_text(text)
+
+
+def has_line(step: int, logging_steps: int, updates: int) -> bool:
+    """Whether a line is written for an update: every so many, and the last in any case."""
+    return step % logging_steps == 0 or step == updates
 
 
 def read_attempts(folder: Path) -> list[dict[str, object]]:

@@ -19,10 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tunefleet.artifacts.metrics import WORKERS, Line
 from tunefleet.launch.draft import Stages
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 
 _STARTING = "starting the workers"
+_MUCH_WAITING = 0.1
+"""Share of the step that a worker waits for data from which it is worth a word."""
 
 
 class Display(Protocol):
@@ -58,6 +61,19 @@ def figures(loss: float | None, rate: float | None, tokens_per_second: float | N
     return "  ".join(part for part in parts if part)
 
 
+def worker_figures(line: Line) -> str:
+    """Of the workers, what a person can act on: the most memory that one held, and long waits for data."""
+    workers = line.get(WORKERS)
+    if workers is None:
+        return ""
+    shares = [
+        wait / step if step else 0.0
+        for wait, step in zip(workers["data_wait_seconds"], workers["step_seconds"], strict=True)
+    ]
+    memory = f"{max(workers['memory_peak_bytes']) / 2**30:.1f} GiB"
+    return f"{memory}  waits for data {max(shares):.0%}" if max(shares) >= _MUCH_WAITING else memory
+
+
 class LiveDisplay:
     """One rich progress line; notices, evaluations and checkpoints scroll above it."""
 
@@ -74,6 +90,7 @@ class LiveDisplay:
             console=console,
         )
         self._task = self._progress.add_task(_STARTING, total=None, figures="")
+        self._workers = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -110,7 +127,9 @@ class LiveDisplay:
                 )
             case Stepped(step):
                 shown = figures(step.loss, step.learning_rate, step.tokens_per_second, step.mfu)
-                self._progress.update(self._task, completed=step.step, figures=shown)
+                self._progress.update(self._task, completed=step.step, figures=f"{shown}  {self._workers}".rstrip())
+            case Logged(line):
+                self._workers = worker_figures(line)
             case Evaluated(step_number, loss):
                 self._progress.console.print(f"step {step_number}: eval_loss {loss:.4f}", highlight=False)
             case Saved(step_number):
@@ -153,7 +172,7 @@ class LineDisplay:
                 self._print(f"{world_size} worker(s) ready; step {start_step} of {updates}")
             case Logged(line):
                 shown = figures(line["loss"], line["learning_rate"], line["tokens_per_second"], line["mfu"])
-                self._print(f"step {line['step']}/{self._updates}  {shown}")
+                self._print(f"step {line['step']}/{self._updates}  {shown}  {worker_figures(line)}".rstrip())
             case Evaluated(step_number, loss):
                 self._print(f"step {step_number}: eval_loss {loss:.4f}")
             case Saved(step_number):

@@ -27,11 +27,12 @@ from tunefleet.training.layout import evaluating
 from tunefleet.training.loss import Objective
 from tunefleet.training.random_state import capture, restore
 from tunefleet.training.schedule import LearningRate
+from tunefleet.training.stopwatch import Pace, Stopwatch
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer update, as all ranks know it."""
+    """One optimizer update, as all ranks know it but for `seconds`, what follows from them, and `pace`."""
 
     step: int
     """Its number, from 1."""
@@ -49,6 +50,8 @@ class Step:
     """Model operations done / those that one measured device times the number of workers could do."""
     stopped: bool
     """True on the last step of a run that was asked to stop before its end."""
+    pace: Pace
+    """Where this rank's time went."""
 
 
 class Rows(Protocol):
@@ -132,7 +135,8 @@ def train(
         indices = batches.indices(update)
         tokens, targets = int(feed.rows.lengths[indices].sum()), int(feed.rows.targets[indices].sum())
         rate = learning_rate.set(update)
-        loss_sum = _backward(engine, objective, _dealt(engine, feed, indices, device), targets, device)
+        watch = Stopwatch(device, lockstep=engine.lockstep)
+        loss_sum = _backward(engine, objective, _dealt(engine, feed, indices, device), targets, watch)
         applied = engine.update(loss_sum, targets, step=update + 1, stop=should_stop())
         seconds = time.perf_counter() - began
         stopped = applied.stop and update + 1 < batches.updates
@@ -148,6 +152,7 @@ def train(
             tokens_per_second=tokens / seconds,
             mfu=None if gauge is None else gauge.utilisation(tokens, targets, seconds, engine.world),
             stopped=stopped,
+            pace=watch.pace(),
         )
         if stopped:
             return
@@ -180,16 +185,15 @@ def _dealt(engine: Engine, feed: Feed, indices: np.ndarray, device: torch.device
     return feed.micro_batches(shares[engine.rank], device, least)
 
 
-def _backward(
-    engine: Engine, objective: Objective, batches: Iterator[Batch], targets: int, device: torch.device
-) -> Tensor:
+def _backward(engine: Engine, objective: Objective, batches: Iterator[Batch], targets: int, watch: Stopwatch) -> Tensor:
     """Add up this rank's gradients; a rank without samples, or a batch without targets, adds none."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=watch.device)
     scale = engine.loss_scale()
     if targets == 0:
         return loss_sum
-    for batch in batches:
-        loss_sum += objective.backward(batch, targets, scale, engine.backward)
+    for batch in watch.waiting(batches):
+        with watch.computing():
+            loss_sum += objective.backward(batch, targets, scale, engine.backward)
     return loss_sum
 
 

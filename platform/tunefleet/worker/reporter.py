@@ -11,14 +11,16 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from tunefleet.artifacts.fingerprints import folder_fingerprint
-from tunefleet.artifacts.record import RECORD, Recorder, write_record, write_result
+from tunefleet.artifacts.record import RECORD, Recorder, has_line, write_record, write_result
 from tunefleet.storage import Place
 from tunefleet.training.loop import Step
 from tunefleet.worker.build import OpenedData, Trainee
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 from tunefleet.worker.job import Job
+from tunefleet.worker.pacing import Figures, Pacing, columns
 from tunefleet.worker.seat import Seat
 from tunefleet.worker.start import Start
+from tunefleet.worker.stragglers import StragglerWatch
 
 
 class Line(Protocol):
@@ -47,6 +49,9 @@ class Reporter:
         self._seat = seat
         self._sender = sender
         self._recorder: Recorder | None = None
+        self._pacing: Pacing | None = None
+        self._stragglers = StragglerWatch(())
+        self._updates = 0
         self._record = job.folder.record
         # A record on another machine is kept here and mirrored there at each checkpoint.
         self._scratch = None if self._record.local_path else tempfile.mkdtemp(prefix="tunefleet-")
@@ -57,8 +62,10 @@ class Reporter:
         return self._record.local_path or Path(str(self._scratch))
 
     def open(self, trainee: Trainee, data: OpenedData, start: Start) -> Self:
-        """Begin to record at the step where the attempt begins."""
-        self.step = trainee.progress.step
+        """Begin to record at the step where the attempt begins. Collective."""
+        self.step, self._updates = trainee.progress.step, trainee.batches.updates
+        self._pacing = Pacing(trainee.engine, self._seat.device)
+        self._stragglers = StragglerWatch(self._pacing.nodes)
         if self._seat.leads:
             if self._scratch is not None and self._record.exists():
                 self._record.download(self.folder)
@@ -100,12 +107,22 @@ class Reporter:
             self._sender.send(Noticed(text))
 
     def stepped(self, step: Step, measure: Callable[[], Mapping[str, float]] = dict) -> None:
-        """Take an update in; `measure` is called for the method's own figures of it, if it has a line."""
+        """Take an update in; `measure` is called for the method's own figures of it, if it has a line. Collective."""
         self.step = step.step
-        line = None if self._recorder is None else self._recorder.step(step, measure)
+        workers = self._workers(step)
+        line = None if self._recorder is None else self._recorder.step(step, measure, columns(workers))
         self._sender.send(Stepped(step))
         if line is not None:
             self._sender.send(Logged(line))
+            self.notice(*self._stragglers.look([one.seconds_per_token for one in workers]))
+
+    def _workers(self, step: Step) -> list[Figures]:
+        """Every worker's figures since the line before, where this update has a line: else nothing is exchanged."""
+        if self._pacing is None:
+            return []
+        self._pacing.add(step)
+        due = has_line(step.step, self._job.plan.recipe.run.logging_steps, self._updates)
+        return self._pacing.gather() if due else []
 
     def evaluated(self, epoch: float, loss: float) -> None:
         """Take an evaluation at the present step in."""
