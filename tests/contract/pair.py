@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,11 @@ from tests.training.tiny import MemoryRows, start
 from tunefleet.training.checkpoint import fingerprints
 from tunefleet.training.determinism import pin
 from tunefleet_strategies.badam import BAdam
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec, Strategy, StrategyError
+from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.optim.galore import Behaviour, GaLoreAdamW
 from tunefleet_strategies.optim.groups import Group
+from tunefleet_strategies.optim.projection import Projection, find_basis
 
 LONG, SHORT = 40, 8
 """Updates of a cell. Two cells are followed for long; what differs between workers shows in the first few."""
@@ -25,6 +28,11 @@ ONE_ROW = "one row"
 """A cell whose global batches are a single row, so that the second rank never has a sample."""
 REFUSAL = "refusal"
 """A cell that cannot be: what it was refused with."""
+PROJECTIONS: dict[str, Strategy] = {
+    f"galore_{kind}": GaLore(galore_rank=2, galore_update_interval=3, galore_scale=1.0, galore_proj_type=kind)
+    for kind in get_args(Projection)
+}
+"""Cells of one architecture, at the epsilon under which the two sums may be compared at all."""
 EPSILON = 1e-6
 """Where a gradient is zero but for rounding (the bias of keys, which softmax does not see), Adam's default 1e-8 blows
 the rounding up to a full step, on one worker as on two; nothing can agree there."""
@@ -36,13 +44,13 @@ def train_cell(variant: str, architecture: str, global_batch: int = GLOBAL_BATCH
     # there are fewer of them than its rank (then two workers, who add up in another order, find another one).
     rows = MemoryRows(count=23, longest=60 if architecture == "qwen3_moe" else 20)
     run = start(
-        VARIANTS[variant],
+        {**VARIANTS, **PROJECTIONS}[variant],
         architecture,
         rows=rows,
         updates=LONG if architecture == "llama" and variant in ("full", "lora") else SHORT,
         global_batch=global_batch,
         micro_batch=2 if architecture == "llama" else 3,
-        epsilon=EPSILON,
+        epsilon=epsilon(variant),
     )
     losses, norms, hashes = [], [], []
     for step in run.steps():
@@ -57,6 +65,13 @@ def train_cell(variant: str, architecture: str, global_batch: int = GLOBAL_BATCH
         "tokens": sum(run.feed.seen),
         "bytes": run.engine.bytes_sent,
     }
+
+
+def epsilon(variant: str) -> float:
+    """The default for one-sided projections; under `full` the off-diagonal of R is rounding noise at a refresh."""
+    if variant not in PROJECTIONS:
+        return EPSILON
+    return 1e-3 if variant == "galore_full" else 1e-8
 
 
 def refusal_of_ratio_mode() -> str:
@@ -83,13 +98,20 @@ def bases_of_different_gradients(rank: int) -> dict[str, torch.Tensor]:
     return {f"{number}/{side}": state[side] for number, state in states for side in ("left", "right")}
 
 
+def counting_decompositions(rank: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The same, and how many bases this rank has looked for itself."""
+    with patch("tunefleet_strategies.optim.galore.find_basis", wraps=find_basis) as counted:
+        return bases_of_different_gradients(rank), counted.call_count
+
+
 def main(rank: int, rendezvous: str, output: str) -> None:
     pin(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     results: dict[Any, Any] = {cell: train_cell(*cell) for cell in SHARED}
+    results |= {(variant, "llama"): train_cell(variant, "llama") for variant in PROJECTIONS}
     results["full", ONE_ROW] = train_cell("full", "gpt2", global_batch=1)
     results["badam_ratio", REFUSAL] = refusal_of_ratio_mode()
-    results["bases"] = bases_of_different_gradients(rank)
+    results["bases"], results["decompositions"] = counting_decompositions(rank)
     torch.save(results, output)
     dist.destroy_process_group()
 

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.contract.pair import ONE_ROW, REFUSAL, bases_of_different_gradients, refusal_of_ratio_mode, train_cell
+from tests.contract.pair import (
+    ONE_ROW,
+    PROJECTIONS,
+    REFUSAL,
+    bases_of_different_gradients,
+    refusal_of_ratio_mode,
+    train_cell,
+)
 from tests.contract.variants import SHARED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(("variant", "architecture"), SHARED)
+@pytest.mark.parametrize(("variant", "architecture"), [*SHARED, *((variant, "llama") for variant in PROJECTIONS)])
 def test_one_worker_equals_two(pair: list[dict[Any, Any]], variant: str, architecture: str) -> None:
     one = train_cell(variant, architecture)
     first, second = (rank[variant, architecture] for rank in pair)
@@ -80,6 +87,7 @@ def test_bases_come_from_the_first_rank(pair: list[dict[Any, Any]]) -> None:
     alone = bases_of_different_gradients(0)
     other = bases_of_different_gradients(1)
     assert len(first) == 6
+    assert [rank["decompositions"] for rank in pair] == [2 * 3, 0]  # two refreshes of three tensors, on rank 0 alone
     for name, basis in first.items():
         assert torch.equal(basis, second[name]), name
         assert basis.stride() == second[name].stride()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tests.contract.variants import CELLS, VARIANTS
 from tests.training.tiny import FP32, MIXED, PURE, Run, start
 
@@ -107,6 +108,36 @@ def test_a_field_left_out_changes_the_result(variant: str, name: str, tmp_path: 
         assert json.loads((folder / name).read_text())["progress"]["step"] == 0
     again = resumed(variant, "llama", FP32, folder)
     assert again.hashes != twin.hashes
+
+
+FIELDS = [
+    *(("galore", name) for name in ("step", "exp_avg", "exp_avg_sq", "left", "right")),
+    *(("galore_layerwise", name) for name in ("step", "exp_avg", "exp_avg_sq", "left", "right")),
+    *(("badam_layer", name) for name in ("updates", "exp_avg", "exp_avg_sq", "master")),
+    *(("badam_ratio", name) for name in ("updates", "exp_avg", "exp_avg_sq", "master")),
+]
+
+
+@pytest.mark.parametrize(("variant", "name"), FIELDS)
+def test_no_field_of_an_optimizers_state_is_there_for_nothing(variant: str, name: str, tmp_path: Path) -> None:
+    """With any one of them as if it had been left out (a zero, or what the weights say), the result is another one."""
+    twin = uninterrupted(variant, "llama", PURE, tmp_path)
+    # Within a visit of BAdam, between two refreshes of GaLore, and not in warm-up, where nothing moves.
+    folder = tmp_path / ("3" if variant.startswith("badam") else "2")
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    touched = 0
+    if name == "updates":
+        state["updates"], touched = 0, 1
+    for entry in state["state"].values():
+        if name == "step":
+            entry["step"], touched = 0, touched + 1
+        elif name == "master":
+            entry["master"], touched = entry["master"].bfloat16().float(), touched + 1
+        elif name in entry:
+            entry[name], touched = torch.zeros_like(entry[name]), touched + 1
+    assert touched
+    torch.save(state, folder / "optimizer.pt")
+    assert resumed(variant, "llama", PURE, folder).hashes != twin.hashes
 
 
 @pytest.mark.parametrize(

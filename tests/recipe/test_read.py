@@ -219,6 +219,30 @@ def test_badam_asks_for_full_tuning_and_stands_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "mended"),
+    [
+        ({"use_galore": True}, {"finetuning_type": "full"}),
+        ({"use_galore": True}, {"use_galore": None}),
+        ({"use_badam": True}, {"finetuning_type": "full"}),
+        ({"use_badam": True, "finetuning_type": "freeze"}, {"finetuning_type": "full"}),
+        ({"use_badam": True, "finetuning_type": "freeze"}, {"use_badam": None}),
+        ({"use_badam": True, "use_galore": True, "finetuning_type": "full"}, {"use_badam": None}),
+        ({"use_badam": True, "use_galore": True, "finetuning_type": "full"}, {"use_galore": None}),
+        ({"use_badam": True, "finetuning_type": "full", "lora_rank": 8}, {"lora_rank": None}),
+        ({"use_galore": True, "finetuning_type": "full", "lora_rank": 8}, {"lora_rank": None}),
+        ({"use_galore": True, "finetuning_type": "full", "badam_mode": "layer"}, {"badam_mode": None}),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused_and_the_mend_is_read(
+    keys: dict[str, object], mended: dict[str, object]
+) -> None:
+    problem = only(BASE | keys)
+    named = [f"{key}: {value}" if value is not None else key for key, value in mended.items()]
+    assert all(name in problem.mend for name in named) or "keep one of them" in problem.mend
+    read_flat(BASE | keys | mended)
+
+
+@pytest.mark.parametrize(
     ("keys", "idle"),
     [
         ({"badam_switch_mode": "random", "badam_start_block": 1}, []),
