@@ -18,6 +18,12 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "DS_ACCELERATOR": "cpu",  # DeepSpeed, which peft imports, warns when it has to find out by itself
+    # A test never uses somebody's account: these are for the S3 server of the tests, here and in the workers.
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    "AWS_CONFIG_FILE": "/dev/null",
 }
 
 import pytest

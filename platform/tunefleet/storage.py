@@ -14,21 +14,24 @@ import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, cast
-from urllib.parse import quote, urlsplit
+from typing import BinaryIO, TypeVar, cast
+from urllib.parse import quote
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from tunefleet.errors import Refused, RunFailed
+from tunefleet.stores import OBJECT_STORES, PATIENCE_SECONDS, StoreFailed, open_uri, with_patience
+
+_T = TypeVar("_T")
 
 COMPLETE = "complete.json"
 CHUNK_BYTES = 8 * 2**20
-# Stores of objects have no folders to make and no rename: a name with a slash in it is all there is.
-OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
+_TRIAL_SECONDS = 15.0
+"""Patience of a command that has not begun: its store is not down for a moment, it is named wrongly."""
 STEP_NAME = re.compile(r"step_(\d{8,})")
 STALE_NAME = re.compile(r"\..+\.tmp-[0-9a-f]{32}")
 
@@ -42,12 +45,17 @@ class Damaged(RunFailed):
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder on a file system. `before` + path + `after` is the URI that opens it again."""
+    """A file or folder on a file system. `before` + path + `after` is the URI that opens it again.
+
+    Whatever is done here is done again while the store is out of reach, for at most `patience_seconds`. Every method
+    may raise StoreFailed: the store refused, or it stayed away for longer.
+    """
 
     filesystem: FileSystem
     path: str
     before: str = ""
     after: str = ""
+    patience_seconds: float = PATIENCE_SECONDS
 
     @property
     def name(self) -> str:
@@ -66,11 +74,11 @@ class Place:
 
     def child(self, *names: str) -> Place:
         """The place below this one."""
-        return Place(self.filesystem, posixpath.join(self.path, *names), self.before, self.after)
+        return replace(self, path=posixpath.join(self.path, *names))
 
     def sibling(self, name: str) -> Place:
         """The place of that name in the same folder."""
-        return Place(self.filesystem, posixpath.join(posixpath.dirname(self.path), name), self.before, self.after)
+        return replace(self, path=posixpath.join(posixpath.dirname(self.path), name))
 
     def exists(self) -> bool:
         """Whether a file or a folder is here."""
@@ -78,7 +86,8 @@ class Place:
 
     def children(self) -> list[Place]:
         """The files and folders right below, by name; none where there is no such folder."""
-        found = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
+        selector = FileSelector(self.path, allow_not_found=True)
+        found = self._patiently(lambda: self.filesystem.get_file_info(selector))
         return [self.child(name) for name in sorted(info.base_name for info in found)]
 
     def read_text(self) -> str:
@@ -87,8 +96,7 @@ class Place:
         Raises:
             FileNotFoundError: no file is here.
         """
-        with self._reader() as stream:
-            return bytes(stream.read()).decode("utf-8")
+        return self._patiently(self._content).decode("utf-8")
 
     def write_text(self, text: str) -> None:
         """Replace a file; whoever reads meanwhile sees the old text or the new one, never a piece."""
@@ -125,8 +133,8 @@ class Place:
         """
         written: Files = {}
         for name in self._names_to_copy(folder):
-            with (folder / name).open("rb") as source, _writer(self.child(name)) as stream:
-                digest = _copy_hashed(source, stream)
+            with (folder / name).open("rb") as source:
+                digest = self.child(name)._write(source)
                 written[name] = {"size": source.tell(), "sha256": digest}
         return written
 
@@ -149,20 +157,19 @@ class Place:
         problem = staging._size_problem(files)
         if problem is not None:
             raise RunFailed(f"{self.uri} did not arrive whole ({problem}): does every node reach this very storage?")
-        with _writer(staging.child(COMPLETE)) as stream:
-            stream.write(json.dumps({"files": files}, indent=1).encode("utf-8"))
+        staging.child(COMPLETE)._write(io.BytesIO(json.dumps({"files": files}, indent=1).encode("utf-8")))
         if staging.path == self.path:
             return
         old = self._temporary()
         if self.exists():
-            self.filesystem.move(self.path, old.path)
-        self.filesystem.move(staging.path, self.path)
+            self._move(old)
+        staging._move(self)
         old.delete()
 
     def discard(self) -> None:
         """Remove a staging place whose writers failed; what cannot be removed is unsealed and counts for nothing."""
-        with suppress(OSError):
-            self.delete()
+        with suppress(OSError, StoreFailed):
+            replace(self, patience_seconds=0.0).delete()
 
     def mirror(self, folder: Path) -> None:
         """Copy every file of a growing local folder here, each one atomically; nothing is removed, nothing sealed."""
@@ -183,8 +190,7 @@ class Place:
         for name in seal if seal else self._sizes():
             target = to / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with self.child(name)._reader() as source, target.open("wb") as stream:
-                digest = _copy_hashed(source, stream)
+            digest = self.child(name)._read_to(target)
             if seal and digest != seal[name]["sha256"]:
                 raise Damaged(f"{self.uri} is damaged: the content of {name} changed; use an older checkpoint.")
 
@@ -197,30 +203,47 @@ class Place:
         if wrong or not hashes:
             return wrong
         for name, expected in seal.items():
-            with self.child(name)._reader() as source:
-                digest = _copy_hashed(source, None)
-            if digest != expected["sha256"]:
+            if self.child(name)._read_to(None) != expected["sha256"]:
                 return f"the content of {name} changed"
         return None
 
     def delete(self) -> None:
         """Remove what is here, if anything is. A reader never sees half a folder on file systems that can rename."""
-        info = self._info()
-        if info.type == FileType.File:
-            self.filesystem.delete_file(self.path)
-        elif info.type == FileType.Directory:
-            doomed = self
-            if self._renames and not STALE_NAME.fullmatch(self.name):
-                doomed = self._temporary()
-                self.filesystem.move(self.path, doomed.path)
-            self.filesystem.delete_dir(doomed.path)
+        doomed = self
+        if self._renames and not STALE_NAME.fullmatch(self.name) and self._info().type == FileType.Directory:
+            doomed = self._temporary()
+            self._move(doomed)
+        doomed._patiently(doomed._remove)
+
+    def try_out(self) -> None:
+        """Write a small file here and remove it, as a run will do.
+
+        Raises:
+            OSError, StoreFailed: that cannot be done.
+        """
+        trial = replace(self.child(f".trial-{uuid.uuid4().hex}"), patience_seconds=_TRIAL_SECONDS)
+        trial._write(io.BytesIO(b"tunefleet was here"))
+        trial.delete()
 
     @property
     def _renames(self) -> bool:
         return self.filesystem.type_name not in OBJECT_STORES
 
+    def _patiently(self, work: Callable[[], _T]) -> _T:
+        return with_patience(work, self.uri, self.patience_seconds)
+
     def _info(self) -> FileInfo:
-        return self.filesystem.get_file_info([self.path])[0]
+        return self._patiently(lambda: self.filesystem.get_file_info([self.path])[0])
+
+    def _remove(self) -> None:
+        kind = self._info().type
+        if kind == FileType.File:
+            self.filesystem.delete_file(self.path)
+        elif kind == FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+
+    def _move(self, to: Place) -> None:
+        self._patiently(lambda: self.filesystem.move(self.path, to.path))
 
     def _temporary(self) -> Place:
         return self.sibling(f".{self.name}.tmp-{uuid.uuid4().hex}")
@@ -235,7 +258,8 @@ class Place:
 
     def _sizes(self) -> dict[str, int]:
         """Every file below, by its name from here, with its bytes."""
-        found = self.filesystem.get_file_info(FileSelector(self.path, recursive=True))
+        selector = FileSelector(self.path, recursive=True)
+        found = self._patiently(lambda: self.filesystem.get_file_info(selector))
         files = (info for info in found if info.type == FileType.File)
         return {posixpath.relpath(info.path, self.path): int(info.size) for info in files}
 
@@ -263,11 +287,42 @@ class Place:
 
     def _replace(self, source: BinaryIO) -> None:
         """Write one file so that its old content stays until the new one is whole."""
-        target = self._temporary() if self._renames else self  # an object appears when its stream is closed
-        with _writer(target) as stream:
-            _copy_hashed(source, stream)
-        if target is not self:
-            self.filesystem.move(target.path, self.path)
+        if not self._renames:  # an object appears when its stream is closed
+            self._write(source)
+            return
+        target = self._temporary()
+        try:
+            target._write(source)
+            target._move(self)
+        except BaseException:
+            target.discard()
+            raise
+
+    def _write(self, source: BinaryIO) -> str:
+        """Write a file from the beginning of `source` straight to its name. Returns its SHA-256."""
+
+        def once() -> str:
+            source.seek(0)
+            with _writer(self) as stream:
+                return _copy_hashed(source, stream)
+
+        return self._patiently(once)
+
+    def _content(self) -> bytes:
+        with self._reader() as stream:
+            return bytes(stream.read())
+
+    def _read_to(self, target: Path | None) -> str:
+        """Copy a file to this machine, or only read it. Returns its SHA-256."""
+
+        def once() -> str:
+            with self._reader() as source:
+                if target is None:
+                    return _copy_hashed(source, None)
+                with target.open("wb") as stream:
+                    return _copy_hashed(source, stream)
+
+        return self._patiently(once)
 
 
 @contextmanager
@@ -283,8 +338,16 @@ def _writer(place: Place) -> Iterator[BinaryIO]:
         return
     if place._renames:
         place.filesystem.create_dir(posixpath.dirname(place.path), recursive=True)
-    with place.filesystem.open_output_stream(place.path) as remote:
+    remote = place.filesystem.open_output_stream(place.path)
+    try:
         yield cast(BinaryIO, remote)
+    except BaseException:
+        # There is no way to close a stream of pyarrow without making a file of what it was given so far.
+        with suppress(OSError):
+            remote.close()
+            place.filesystem.delete_file(place.path)
+        raise
+    remote.close()
 
 
 def _copy_hashed(source: BinaryIO, stream: BinaryIO | None) -> str:
@@ -305,26 +368,13 @@ def place(uri_or_path: str | Path, base: Path | None = None) -> Place:
     """Open a path (`~` too; a relative one is below `base`, or the current folder) or a URI as a place.
 
     Raises:
-        Refused: the URI names no file system, carries a password, or its store cannot be reached.
+        Refused: the URI names no file system, carries credentials, or its store cannot be reached.
     """
     text = str(uri_or_path)
     if "://" not in text:
         return Place(LocalFileSystem(), str(((base or Path.cwd()) / Path(text).expanduser()).resolve()))
-    parts = urlsplit(text)
-    shown = text.replace(f":{parts.password}@", ":...@") if parts.password else text
-    if parts.password:
-        raise Refused(f"{shown} carries a password; leave it out and give it to the store's own credentials chain.")
-    try:
-        filesystem, path = FileSystem.from_uri(text)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        mend = "write a path or a URI such as s3://bucket/folder, and check its name, the network and the credentials"
-        raise Refused(f"{shown} cannot be opened ({reason}); {mend}.") from error
-    # An object store's path starts with the bucket, which the URI keeps where other file systems have a host.
-    if not path.strip("/") and filesystem.type_name in OBJECT_STORES:
-        raise Refused(f"{shown} names no bucket; write one behind the two slashes.")
-    host = "" if filesystem.type_name in OBJECT_STORES else parts.netloc
-    return Place(filesystem, path, f"{parts.scheme}://{host}", f"?{parts.query}" if parts.query else "")
+    opened = open_uri(text)
+    return Place(opened.filesystem, opened.path, opened.before, opened.after)
 
 
 def step_name(step: int) -> str:

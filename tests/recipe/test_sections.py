@@ -6,6 +6,7 @@ import pytest
 
 from tunefleet.data.settings import DataSettings
 from tunefleet.recipe.owners import SECTIONS
+from tunefleet.recipe.problems import RecipeError
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import LONGEST_NAME, RaySettings, RunSettings, slug
 from tunefleet.training.settings import TrainingSettings
@@ -139,3 +140,39 @@ def test_ray_init_arguments_may_be_json_text() -> None:
 
 def test_the_metric_may_be_named_without_its_prefix() -> None:
     assert read_flat(BASE | {"metric_for_best_model": "loss"}).run.metric_for_best_model == "eval_loss"
+
+
+# ---- no secret gets in -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["ray_storage_path", "resume_from_checkpoint"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "s3://AKIA:hunter2@bucket/runs",
+            "s3://hunter2@bucket/runs",
+            "gs://hunter2@bucket/x",
+            "hdfs://bob:hunter2@h/x",
+        ),
+        *("s3://bucket/runs?access_key=AKIA&secret_key=hunter2", "s3://bucket/runs?region=r&session_token=hunter2"),
+        *("gs://bucket/x?hunter2", "hdfs://h:1/x?token=hunter2", "file:///x?password=hunter2"),
+    ],
+)
+def test_a_uri_with_credentials_is_refused_and_not_shown(key: str, uri: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_flat({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", key: uri})
+    assert "hunter2" not in str(caught.value)
+    assert "AKIA" not in str(caught.value)
+    assert "environment" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "WANDB_API_KEY", "MY_PASSWORD"]
+)
+def test_a_secret_in_the_workers_environment_is_refused_and_not_shown(name: str) -> None:
+    keys: dict[str, object] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+    with pytest.raises(RecipeError, match=name) as caught:
+        read_flat(keys | {"ray_init_kwargs": {"runtime_env": {"env_vars": {name: "hunter2"}}}})
+    assert "hunter2" not in str(caught.value)
+    read_flat(keys | {"ray_init_kwargs": {"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}}})

@@ -10,6 +10,8 @@ from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.metrics import METRICS
 from tunefleet.artifacts.report import loss_plot
 from tunefleet.errors import Refused
+from tunefleet.storage import Place
+from tunefleet.stores import StoreFailed
 
 _MARKER = "run.json"
 """The file of an output folder that names the run which wrote it."""
@@ -27,6 +29,21 @@ def refuse_unwritable(folder: Path, key: str) -> None:
             pass
     except OSError as error:
         raise Refused(f"{key}: {folder} cannot be written to ({error.strerror}): choose another {key}.") from error
+
+
+def refuse_unusable(storage: Place, key: str) -> None:
+    """See that a store can be written to and deleted from, now rather than at the first checkpoint.
+
+    Raises:
+        Refused: it cannot, named by the key of the recipe that led there.
+    """
+    if storage.local_path is not None:
+        refuse_unwritable(storage.local_path, key)
+        return
+    try:
+        storage.try_out()
+    except (OSError, StoreFailed) as error:
+        raise Refused(f"{key}: {error}") from error
 
 
 def refuse_foreign_output(output_dir: Path, folder: RunFolder, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
+from tunefleet.stores import for_ray
 
 
 def scaling(plan: Plan) -> ScalingConfig:
@@ -24,6 +25,6 @@ def run_config(plan: Plan, storage: Place) -> RunConfig:
     return RunConfig(
         name=plan.place.run_name,
         storage_path=storage.path,
-        storage_filesystem=storage.filesystem,
+        storage_filesystem=for_ray(storage.filesystem),
         failure_config=FailureConfig(max_failures=plan.recipe.ray.max_failures),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.artifacts.record import RESULT
+from tunefleet.artifacts.record import RESULT, without_secrets
 from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.launch.home import refuse_unwritable
@@ -81,7 +81,7 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
     for leftover in (folder.root.child(_RAY_NOTES), folder.record.child("failures")):
         leftover.delete()
     folder.record.child(_MATHEMATICS).write_text(json.dumps(mathematics(plan), indent=2))
-    folder.record.child(_PLAN).write_text(plan.model_dump_json(indent=2))
+    folder.record.child(_PLAN).write_text(json.dumps(without_secrets(plan.model_dump(mode="json")), indent=2))
     return notices
 
 

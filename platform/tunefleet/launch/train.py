@@ -20,7 +20,7 @@ from tunefleet.errors import BrokenOff, Refused, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
 from tunefleet.launch.draft import draft
-from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unwritable
+from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unusable, refuse_unwritable
 from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
@@ -66,10 +66,11 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         if joins:
             stack.enter_context(ray_session(recipe.ray))
         cluster = joined_shape() if joins else local_shape(recipe.ray)
+        storage = place(recipe.ray.ray_storage_path, base=root)
+        refuse_unusable(storage, "ray_storage_path")
         with display.preparing() as stages:
             plan = draft(recipe, cluster, root, stages)
         check_weights(recipe.model)
-        storage = place(plan.place.storage_path, base=root)
         folder = RunFolder(storage.child(plan.place.run_name))
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
         refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
@@ -198,6 +199,8 @@ class _Fit(threading.Thread):
         failure = last_failure(failures(folder.record))
         if failure is not None and failure.refused:
             raise Refused(failure.message)
+        if isinstance(returned, dict) and returned.get("why"):
+            raise RunFailed(str(returned["why"]))
         if failure is not None:
             raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from self._error
         raise RunFailed(f"The run failed before its first step: {self._error}") from self._error

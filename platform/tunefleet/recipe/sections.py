@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, WithJsonSchema, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, SerializeAsAny, WithJsonSchema, field_validator
 
 from tunefleet.data.settings import DataSettings, Pieces
+from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
 from tunefleet.settings import Settings
+from tunefleet.stores import refuse_credentials
 from tunefleet.training.settings import TrainingSettings
 from tunefleet_strategies.contract import Strategy
 
@@ -23,6 +25,37 @@ LONGEST_NAME = 100
 
 def _read_best_metric(value: object) -> object:
     return "eval_loss" if value == "loss" else value
+
+
+_SECRET_NAME = re.compile(r"(?i)(SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|ACCESS_KEY|API_KEY|TOKEN)(_|$|ID$)")
+_T = TypeVar("_T")
+_NO_SECRETS = {"TOKENIZERS_PARALLELISM"}
+
+
+def _without_credentials(value: _T) -> _T:
+    """A path or a URI that holds no secret: a recipe is copied, sent and kept."""
+    if isinstance(value, str):
+        try:
+            refuse_credentials(value)
+        except Refused as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+def _without_secret_variables(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Arguments of `ray.init` whose `runtime_env` hands no secret to the workers: Ray shows it to whoever asks."""
+    environment = value.get("runtime_env")
+    variables = environment.get("env_vars") if isinstance(environment, dict) else None
+    for name in variables if isinstance(variables, dict) else ():
+        if _SECRET_NAME.search(name) and name not in _NO_SECRETS:
+            raise ValueError(
+                f"ray_init_kwargs: sets {name}, a secret, which does not belong into a recipe; set it in the "
+                f"environment of the cluster's machines, or give them an identity of the platform"
+            )
+    return value
+
+
+StorePath = Annotated[str, AfterValidator(_without_credentials)]
 
 
 class RunSettings(Settings):
@@ -53,7 +86,7 @@ class RunSettings(Settings):
     metric_for_best_model: Annotated[Literal["eval_loss"], BeforeValidator(_read_best_metric)] = Field(
         "eval_loss", description="What `load_best_model_at_end` compares; lower is better."
     )
-    resume_from_checkpoint: bool | str | None = Field(
+    resume_from_checkpoint: Annotated[bool | str | None, AfterValidator(_without_credentials)] = Field(
         None,
         description="false: start anew. A path: start from that checkpoint. Left out or true: continue an unfinished "
         "run.",
@@ -123,6 +156,7 @@ WorkerCount = Annotated[
 InitArguments = Annotated[
     dict[str, JsonValue],
     BeforeValidator(_read_json_text),
+    AfterValidator(_without_secret_variables),
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
 ]
 
@@ -140,8 +174,10 @@ class RaySettings(Settings):
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="How workers are laid over the nodes of the cluster."
     )
-    ray_storage_path: str = Field(
-        "~/tunefleet", min_length=1, description="A folder or URI that every node reaches; it holds the truth of runs."
+    ray_storage_path: StorePath = Field(
+        "~/tunefleet",
+        min_length=1,
+        description="A folder or URI (s3://, gs://, hdfs://) that every node reaches; it holds the truth of runs.",
     )
     ray_run_name: str | None = Field(
         None,

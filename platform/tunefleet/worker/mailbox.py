@@ -94,9 +94,11 @@ class Sender:
         """Give Ray Train a checkpoint by name: it is in storage already. A barrier over all workers."""
         from ray.train import Checkpoint, CheckpointUploadMode, report  # the mailbox's own process needs none of it
 
+        from tunefleet.stores import for_ray
+
         report(
             metrics,
-            checkpoint=Checkpoint(checkpoint.path, checkpoint.filesystem) if self._active else None,
+            checkpoint=Checkpoint(checkpoint.path, for_ray(checkpoint.filesystem)) if self._active else None,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunefleet.errors import RunFailed
 from tunefleet.worker.build import Trainee, build, open_data
-from tunefleet.worker.failures import describe_failure, failures, hopeless, record_failure
+from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, record_failure
 from tunefleet.worker.finish import finish
 from tunefleet.worker.job import Job, JobConfig, read_job
 from tunefleet.worker.mailbox import Sender
@@ -22,7 +23,10 @@ def run_worker(config: JobConfig) -> Ending:
     """Make one attempt at a run, on one rank. Ray Train starts the next attempt if this one raises."""
     job = read_job(config)
     seat = take_seat(job.plan)
-    past = seat.from_leader(lambda: failures(job.folder.record))
+    try:
+        past = seat.from_leader(lambda: failures(job.folder.record))
+    except RunFailed as error:  # the storage, which no note can be left in either
+        return {"failed": True, "why": str(error)}
     if hopeless(past):
         return {"failed": True}
     reporter = Reporter(job, seat, Sender(config["mailbox"], active=seat.leads))
@@ -31,10 +35,19 @@ def run_worker(config: JobConfig) -> Ending:
     except Exception as error:
         number = past[-1].attempt + 1 if past else 1
         failure = describe_failure(error, number, seat.rank, reporter.step)
-        record_failure(job.folder.record, failure)
+        noted = _noted(failure, job)
         if failure.final and seat.world == 1:
-            return {"failed": True}
+            return {"failed": True} if noted else {"failed": True, "why": failure.message}
         raise
+
+
+def _noted(failure: Failure, job: Job) -> bool:
+    """Keep a failure in the record, if that can still be written to."""
+    try:
+        record_failure(job.folder.record, failure)
+    except (OSError, RunFailed):  # what befell the run befalls its note as well: a full disk, a store out of reach
+        return False
+    return True
 
 
 def attempt(job: Job, seat: Seat, reporter: Reporter) -> Ending:
