@@ -347,6 +347,24 @@ UPSTREAM = GALORE | {"optimizer_backend": "upstream"}
 
 
 @pytest.mark.parametrize(
+    ("keys", "label"),
+    [
+        (GALORE, "galore"),
+        (LAYERWISE, "galore with galore_layerwise: true"),
+        (UPSTREAM, "galore with optimizer_backend: upstream"),
+        ({"use_badam": True, "badam_mode": "ratio"}, "badam with badam_mode: ratio"),
+        ({"use_badam": True, "optimizer_backend": "upstream"}, "badam with optimizer_backend: upstream"),
+    ],
+)
+@pytest.mark.parametrize("config", ["ds_z2.json", {"zero_optimization": {"stage": 3}}])
+def test_what_no_sharding_carries_is_refused_a_deepspeed_file(keys: dict[str, Any], label: str, config: object) -> None:
+    sentence = refusal(recipe(**keys, deepspeed=config), shape=SHAPED)
+    assert sentence.startswith(f"{label} does not run where weights or optimizer state are sharded, but deepspeed is ")
+    assert "leave the key out" in sentence
+    make_plan(recipe(**keys), SHAPED, data(), LAPTOP, "/work")
+
+
+@pytest.mark.parametrize(
     ("keys", "said", "mended"),
     [
         (

@@ -170,7 +170,8 @@ class GaLore(Strategy):
 
     def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """Say what was cut or left as it is, and what half-precision weights without a master copy cost."""
-        told = low_precision_notices(model) if self.bf16_rounding == "nearest" else []
+        upstream = self.optimizer_backend == "upstream"
+        told = low_precision_notices(model, moments=upstream) if self.bf16_rounding == "nearest" else []
         if self.bf16_rounding == "stochastic" and not any(p.dtype == torch.bfloat16 for p in model.parameters()):
             told.append("bf16_rounding: stochastic does nothing, because no weight is held in bf16; see pure_bf16")
         if "galore_scale" not in self.model_fields_set:
@@ -178,7 +179,7 @@ class GaLore(Strategy):
                 f"galore_scale is left out and {self.galore_scale:g}, as documented; LLaMA-Factory's own default is 2.0"
             )
         told += self._cut(model)
-        if self.optimizer_backend == "upstream" and anatomy(model).fused:
+        if upstream and anatomy(model).fused:
             told.append("galore-torch projects matrices only, so fused expert tensors train without projection")
         if updates is not None and 1 < updates <= self.galore_update_interval:
             told.append(

@@ -33,13 +33,18 @@ def trained_dtype(model: nn.Module) -> torch.dtype:
     raise StrategyError("no parameter of the model is trainable; attach a method first")
 
 
-def low_precision_notices(model: nn.Module) -> list[str]:
-    """A notice when what trains is held in bf16 alone."""
+def low_precision_notices(model: nn.Module, *, moments: bool = True) -> list[str]:
+    """A notice when what trains is held in bf16 alone.
+
+    Args:
+        moments: whether those of AdamW are in bf16 as well, as torch keeps them beside bf16 weights.
+    """
     if trained_dtype(model) != torch.bfloat16:
         return []
+    too = " (and AdamW's moments are bf16 too, where slow changes of the second one round away)" if moments else ""
     return [
-        "weights that train are held in bf16 without an fp32 copy, so updates below about 1/512 of a weight round "
-        "away; use bf16: true instead of pure_bf16: true to keep them"
+        f"weights that train are held in bf16 without an fp32 copy{too}, so updates below about 1/512 of a weight "
+        "round away; use bf16: true instead of pure_bf16: true to keep them"
     ]
 
 

@@ -29,7 +29,7 @@ def test_number_formats(build: Call, attach: Call, pure_bf16: Precision) -> None
     model = attach(Full(), build("llama"), precision=pure_bf16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert "without an fp32 copy" in Full().notices(model)[0]
+    assert "without an fp32 copy (and AdamW's moments are bf16 too" in Full().notices(model)[0]
     assert Full().notices(attach(Full(), build("llama"))) == []
 
 

@@ -137,6 +137,10 @@ def test_what_a_person_should_know_is_told(build: Call, attach: Call, pure_bf16:
     told = " ".join(GaLore(galore_rank=4, optimizer_backend="upstream").notices(model, updates=100))
     for part in ("without an fp32 copy", "galore_scale is left out", "fused expert tensors", "not reached in 100"):
         assert part in told
+    assert "moments are bf16 too" in told  # those of galore-torch are
+    native = GaLore(galore_rank=4).notices(model)
+    assert "without an fp32 copy" in native[0]
+    assert "moments" not in native[0]
     plain = attach(GaLore(), build("llama"))
     rounded = GaLore(galore_rank=4, galore_scale=1.0, bf16_rounding="stochastic")
     assert "stochastic does nothing" in " ".join(rounded.notices(plain))
