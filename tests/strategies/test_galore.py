@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from galore_torch import GaLoreAdamW8bit
 from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tunefleet_strategies.contract import ADAMW, OptimizerSpec, Precision, StrategyError, Traits
 from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.optim import upstream_galore
-from tunefleet_strategies.optim.galore import GaLoreAdamW
+from tunefleet_strategies.optim.galore import Behaviour, GaLoreAdamW
 
 Call = Callable[..., Any]
 SPEC = OptimizerSpec("adamw_torch", 1e-3, weight_decay=0.1)
@@ -231,6 +232,40 @@ def test_eight_bits_need_a_cuda_device(build: Call, attach: Call) -> None:
     strategy = GaLore(optimizer_backend="upstream", galore_rank=4)
     with pytest.raises(StrategyError, match=r"CUDA device .*write optim: adamw_torch"):
         strategy.optimizer(attach(strategy, build("llama")), OptimizerSpec("adamw_8bit", 1e-3))
+
+
+def test_eight_bits_have_the_settings_that_galore_torch_means() -> None:
+    """Handed on by position, two of them arrive as others in the bitsandbytes of today."""
+    matrix = nn.Parameter(torch.zeros(8, 8))
+    theirs = GaLoreAdamW8bit([matrix])
+    ours = upstream_galore.eight_bit([{"params": [matrix]}], OptimizerSpec("adamw_8bit", 1e-2))
+    names = ("max_unorm", "skip_zeros")
+    assert [theirs.get_config(0, 0, theirs.param_groups[0])[name] for name in names] == [100, True]
+    assert isinstance(ours, GaLoreAdamW8bit)
+    assert [ours.get_config(0, 0, ours.param_groups[0])[name] for name in names] == [0.0, False]
+
+
+def test_eight_bits_follow_the_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes has kernels for a CPU too; all that galore-torch asks of CUDA is to wait for it."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    generator = torch.Generator().manual_seed(0)
+    started = torch.randn(256, 128, generator=generator)
+    matrix, vector = (nn.Parameter(tensor.clone()) for tensor in (started, torch.zeros(8192)))
+    exact, plain = (nn.Parameter(tensor.clone()) for tensor in (started, torch.zeros(8192)))
+    how = {"rank": 32, "projection": "std", "update_interval": 2, "scale": 1.0, "weight_decay": 0.0}
+    spec = OptimizerSpec("adamw_8bit", 1e-2)
+    small = upstream_galore.eight_bit([{"params": [matrix], **how}, {"params": [vector], "weight_decay": 0.0}], spec)
+    large = GaLoreAdamW([{"params": [exact], **how}, {"params": [plain], "weight_decay": 0.0}], spec, Behaviour("svd"))
+    for step in range(4):
+        gradient = torch.randn(256, 128, generator=generator)
+        pushed = torch.ones(8192) if step == 0 else torch.zeros(8192)  # what its moments go on to move
+        for one, other, optimizer in ((matrix, vector, small), (exact, plain, large)):
+            one.grad, other.grad = gradient.clone(), pushed.clone()
+            optimizer.step()
+    assert small.state[matrix]["state1"].dtype == torch.uint8
+    wanted = (exact - started).detach()
+    assert float((matrix - started - wanted).detach().norm()) < 0.1 * float(wanted.norm())
+    assert float((vector - plain).detach().norm()) < 0.1 * float(plain.detach().norm())
 
 
 @pytest.mark.parametrize("missing", ["galore_torch", "bitsandbytes"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +47,17 @@ def upstream_optimizer(groups: Sequence[Group], spec: OptimizerSpec) -> Optimize
     Raises:
         StrategyError: the 8-bit one needs a device that the model is not on.
     """
-    theirs = [_translated(group) for group in groups]
     if spec.name == "adamw_8bit":
-        return _eight_bit(theirs, spec)
+        device = groups[0]["params"][0].device
+        if device.type != "cuda" or not torch.cuda.is_available():
+            raise StrategyError(
+                f"optim: adamw_8bit runs on a CUDA device and the model is on {device.type}; write optim: adamw_torch"
+            )
+        return eight_bit(groups, spec)
     from galore_torch import GaLoreAdamW
 
     optimizer: Optimizer = GaLoreAdamW(
-        theirs,
+        [_translated(group) for group in groups],
         lr=spec.learning_rate,
         betas=spec.betas,
         eps=spec.eps,
@@ -62,18 +67,23 @@ def upstream_optimizer(groups: Sequence[Group], spec: OptimizerSpec) -> Optimize
     return optimizer
 
 
-def _eight_bit(groups: list[Group], spec: OptimizerSpec) -> Optimizer:
-    device = groups[0]["params"][0].device
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise StrategyError(
-            f"optim: adamw_8bit runs on a CUDA device and the model is on {device.type}; write optim: adamw_torch"
-        )
+def eight_bit(groups: Sequence[Group], spec: OptimizerSpec) -> Optimizer:
+    """galore-torch's 8-bit AdamW, with the settings that its authors mean. Its steps wait for a CUDA device."""
     from galore_torch import GaLoreAdamW8bit
 
-    optimizer: Optimizer = GaLoreAdamW8bit(
-        groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
+    optimizer: Any = GaLoreAdamW8bit(
+        [_translated(group) for group in groups],
+        lr=spec.learning_rate,
+        betas=spec.betas,
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
     )
-    return optimizer
+    # It hands its settings on by position, and bitsandbytes has dropped two of them since: "no percentile clipping"
+    # (100) and "block by block" (True) would arrive as a bound on the update and as passing over entries of gradient
+    # zero.
+    optimizer.args.max_unorm, optimizer.args.skip_zeros = 0.0, False
+    made: Optimizer = optimizer
+    return made
 
 
 def _translated(group: Group) -> Group:
