@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from tunefleet.storage import Place
@@ -42,8 +43,10 @@ class Mailbox:
 
 
 def open_mailbox() -> Any:  # a Ray actor handle, which Ray does not type
-    """Start a mailbox on the cluster that this process is connected to."""
-    return ray.remote(num_cpus=0)(Mailbox).remote()
+    """Start a mailbox on this process's node, so that it lives as long as the driver, whichever other node goes."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Mailbox)
+    return actor.options(scheduling_strategy=here).remote()
 
 
 def collect(mailbox: Any) -> list[Event]:

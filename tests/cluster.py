@@ -1,0 +1,95 @@
+"""Several Ray nodes on this machine, each a raylet of its own, that a test adds, kills and drains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# `ray.cluster_utils.Cluster` needs a main thread and leaves its mark on the process that makes it, so it has its own.
+# It reads one JSON object a line and answers with one.
+_HOST = """
+import json, os, signal, sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
+nodes = {}
+print(json.dumps(cluster.address), flush=True)
+for line in sys.stdin:
+    command = json.loads(line)
+    if "add" in command:
+        node = cluster.add_node(wait=False, object_store_memory=100_000_000, **command["add"])
+        nodes[node.node_id] = node
+        print(json.dumps(node.node_id), flush=True)
+    else:
+        node = nodes.pop(command["kill"])
+        pid = node.all_processes["raylet"][0].process.pid
+        os.kill(pid, signal.SIGKILL)
+        cluster.remove_node(node, allow_graceful=False)
+        print(json.dumps(pid), flush=True)
+cluster.shutdown()
+"""
+
+# The head would take 16 s to believe that a node is gone.
+_IMPATIENT = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_failure_threshold": "4",
+}
+
+
+@dataclass
+class RayNodes:
+    """A head that holds no work, and the nodes that a test gives it."""
+
+    address: str
+    _host: subprocess.Popen[str]
+
+    def add(self, cpus: float = 1, **resources: float) -> str:
+        """Start a node with so many CPUs and custom resources; returns its id."""
+        custom: dict[str, Any] = {"resources": resources} if resources else {}
+        return str(self._ask({"add": {"num_cpus": cpus, **custom}}))
+
+    def kill(self, node: str) -> None:
+        """Kill a node's raylet, which takes its workers along."""
+        self._ask({"kill": node})
+
+    def _ask(self, command: dict[str, Any]) -> object:
+        assert self._host.stdin is not None
+        assert self._host.stdout is not None
+        self._host.stdin.write(json.dumps(command) + "\n")
+        self._host.stdin.flush()
+        answer: object = json.loads(self._host.stdout.readline())
+        return answer
+
+
+@contextmanager
+def ray_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
+    """A cluster whose head has no CPUs, for as long as the block lasts.
+
+    Args:
+        dashboard: whether the head serves the dashboard, and with it the State API.
+    """
+    head = {"num_cpus": 0, "include_dashboard": dashboard, "object_store_memory": 100_000_000}
+    host = subprocess.Popen(
+        [sys.executable, "-c", _HOST, json.dumps(head)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | _IMPATIENT,
+    )
+    assert host.stdin is not None
+    assert host.stdout is not None
+    try:
+        first = host.stdout.readline()
+        assert first, "Ray did not start"
+        yield RayNodes(json.loads(first), host)
+    finally:
+        host.stdin.close()
+        host.wait(timeout=60)
