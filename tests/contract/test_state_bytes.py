@@ -42,9 +42,14 @@ def weight_bytes(precision: Precision) -> int:
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("kind", get_args(Projection))
 def test_galore(kind: Projection, layerwise: bool, precision: Precision) -> None:
-    """After a refresh that had a basis before it."""
+    """After a refresh that had a basis before it; svd too, whose bases begin as views of all of U and V."""
     strategy = GaLore(
-        galore_rank=RANK, galore_scale=1.0, galore_update_interval=2, galore_proj_type=kind, galore_layerwise=layerwise
+        galore_rank=RANK,
+        galore_scale=1.0,
+        galore_update_interval=2,
+        galore_proj_type=kind,
+        galore_layerwise=layerwise,
+        galore_refresh="subspace" if layerwise else "svd",
     )
     run = begin(strategy, precision, updates=3)
     list(run.steps())
