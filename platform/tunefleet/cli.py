@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -135,6 +136,34 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
         )
     else:
         _console.print(summary_table(outcome.summary))
+        _print_plain(_console, str(outcome.output_dir), "bold")
+    sys.exit(outcome.exit_code)
+
+
+@app.command()
+def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
+    """Search: many trials of a recipe with a `tune:` block. The same command goes on with one that was interrupted."""
+    from tunefleet.launch.authentication import prepare_own_cluster
+    from tunefleet.recipe.tune import read_search
+
+    search = read_search(recipe, [*(overrides or []), *([] if address is None else [f"ray_address={address}"])])
+    if search.keys.get("ray_address") is None and not os.environ.get("RAY_ADDRESS"):
+        prepare_own_cluster()  # before anything imports Ray
+    from tunefleet.search.ending import result_table, winning
+    from tunefleet.search.live import open_search_display
+    from tunefleet.search.tuner import tune as run
+
+    display = open_search_display(_errors if as_json else _console, search.tune.metrics[0])
+    outcome = run(search, display, Path.cwd())
+    if as_json:
+        best = [asdict(trial) for trial in winning(outcome.book, outcome.tune)]
+        counts = {"trials": len(outcome.book.trials), "ended": sum(trial.ended for trial in outcome.book.trials)}
+        _print_json({"output_dir": str(outcome.output_dir), "search": outcome.search.uri, **counts, "best": best})
+    elif outcome.exit_code:
+        left = len(outcome.book.open_trials)
+        _console.print(f"Stopped with {left} trial(s) under way; the same command goes on from their checkpoints.")
+    else:
+        _console.print(result_table(outcome.book, outcome.tune))
         _print_plain(_console, str(outcome.output_dir), "bold")
     sys.exit(outcome.exit_code)
 

@@ -174,9 +174,24 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class LogUniform:
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class QUniform:
+    """From `low` upwards in steps, as far as `high`."""
+
+    low: float
+    high: float
+    step: float
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,7 @@ class RandInt:
     """Exclusive."""
 
 
-Domain = Choice | LogUniform | RandInt
+Domain = Choice | Uniform | LogUniform | QUniform | RandInt
 
 
 class Strategy(BaseModel, ABC):
@@ -265,6 +280,13 @@ class Strategy(BaseModel, ABC):
     @abstractmethod
     def search_space(self) -> dict[str, Domain]:
         """The domains that a search over this method draws from, by argument."""
+
+    def refuse_search(self, keys: frozenset[str]) -> None:  # noqa: B027 - most methods have nothing against it
+        """Refuse a search over these arguments, where it would search two things at once.
+
+        Raises:
+            StrategyError: it would.
+        """
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path, initial: Mapping[str, Tensor]) -> None:

@@ -186,14 +186,23 @@ class Lora(Strategy):
         """Rank and learning rate.
 
         Raises:
-            StrategyError: rsLoRA with an unset alpha, whose scale would grow with the rank that is searched.
+            StrategyError: as `refuse_search`.
         """
-        if self.use_rslora and not self.lora_alpha:
+        space: dict[str, Domain] = {"lora_rank": Choice((4, 8, 16, 32, 64)), "learning_rate": LogUniform(1e-5, 1e-3)}
+        self.refuse_search(frozenset(space))
+        return space
+
+    def refuse_search(self, keys: frozenset[str]) -> None:
+        """Refuse ranks with rsLoRA and an unset alpha, whose scale would grow with the rank that is searched.
+
+        Raises:
+            StrategyError: so it would.
+        """
+        if "lora_rank" in keys and self.use_rslora and not self.lora_alpha:
             raise StrategyError(
                 "use_rslora with lora_alpha unset scales by 2 sqrt(rank), so a search over lora_rank would search two "
                 "things at once; set lora_alpha"
             )
-        return {"lora_rank": Choice((4, 8, 16, 32, 64)), "learning_rate": LogUniform(1e-5, 1e-3)}
 
     def export(self, model: nn.Module, folder: Path, initial: Mapping[str, Tensor]) -> None:
         """Write one adapter in PEFT format that fits the base (and the chain recorded beside it).

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import tunefleet
 import tunefleet_strategies
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.hardware import Hardware, local_cpu, local_gpu
+from tunefleet.launch.authentication import MODE
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import ClusterShape, NodeShape
 
@@ -27,6 +31,21 @@ _RAY_DEFAULTS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a worker stays where its files are
 }
 """Switches of Ray that we set where the person has not."""
+
+TRIAL_DRIVER = "trial_driver"
+"""The resource that nodes offer on which the drivers of trials may sit."""
+
+_HEAD_ARGUMENTS = frozenset({"num_cpus", "num_gpus", "resources", "object_store_memory", "labels", "_temp_dir"})
+"""Arguments of `ray.init` that start Ray, and that nobody takes who joins it."""
+
+_HEAD = """
+import json, sys
+import ray
+options = dict(address="local", include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+context = ray.init(**options, **json.loads(sys.argv[1]))
+print(context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
 
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells a submitted job's script its own runtime environment."""
@@ -60,6 +79,75 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def search_session(settings: RaySettings) -> Iterator[None]:
+    """As `ray_session`, for many runs at once: with Ray's dashboard, and with the cluster's address in every process.
+
+    What frees the workers of a trial whose driver died asks the dashboard, and finds it by RAY_ADDRESS (ray #54305). On
+    this machine Ray therefore runs in a process of its own, which ends when this one does, whatever ends it.
+
+    Raises:
+        Refused, RunFailed: as `ray_session`.
+    """
+    for name, value in _RAY_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    with ExitStack() as stack:
+        address = cluster_address(settings)
+        written = dict(settings.ray_init_kwargs)
+        shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        options = shared | {key: value for key, value in written.items() if key not in _HEAD_ARGUMENTS}
+        environment = _runtime_env(options)
+        if address is None:
+            address = stack.enter_context(_own_head(written))
+        elif re.fullmatch(r"[\w.-]+:\d+", address) is None:  # "auto", or a client's URI
+            _init({**options, "address": address, "runtime_env": environment})
+            address = ray.get_runtime_context().gcs_address
+            ray.shutdown()
+        switches = {name: os.environ[name] for name in _RAY_DEFAULTS}
+        told = {**switches, "RAY_ADDRESS": address, **environment.get("env_vars", {})}
+        stack.callback(ray.shutdown)
+        _init({**options, "address": address, "runtime_env": {**environment, "env_vars": told}})
+        yield
+
+
+@contextmanager
+def _own_head(written: Mapping[str, Any]) -> Iterator[str]:
+    """Ray on this machine in a process of its own, for as long as the block lasts. Gives its address."""
+    if MODE not in os.environ:
+        raise Refused(f"{MODE} is not set, and Ray reads it when it is imported: set it to token before that.")
+    own = {key: value for key, value in written.items() if key in _HEAD_ARGUMENTS and value is not None}
+    own["resources"] = {TRIAL_DRIVER: 1000.0, **own.get("resources", {})}
+    arguments = json.dumps({"num_cpus": _own_cpus(), **own})
+    # In a session of its own, so that Ctrl-C in a terminal reaches this process only.
+    head = subprocess.Popen(
+        [sys.executable, "-c", _HEAD, arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        # Each trial has half a dozen small actors of Ray's: no warning about their number, and no queue at their start.
+        env={"RAY_worker_maximum_startup_concurrency": "16", **os.environ},
+    )
+    assert head.stdin is not None
+    assert head.stdout is not None
+    try:
+        address = head.stdout.readline().strip()
+        if not address:
+            raise RunFailed(
+                "Ray did not start on this machine: look for what holds it up in /tmp/ray/session_latest/logs, and "
+                "try again."
+            )
+        yield address
+    finally:
+        head.stdin.close()
+        try:
+            head.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            head.kill()
+            head.wait()
 
 
 def _init(options: Mapping[str, Any]) -> None:

@@ -75,6 +75,11 @@ def bring_home(folder: RunFolder, output_dir: Path, plot: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     folder.model.download(output_dir)
     folder.record.download(output_dir)
-    (output_dir / _MARKER).write_text(json.dumps({"run": folder.root.uri}))
+    mark(output_dir, folder.root.uri)
     if plot:
         loss_plot(output_dir / METRICS, output_dir / "loss.png")
+
+
+def mark(output_dir: Path, run: str) -> None:
+    """Say which run, or search, wrote a folder's files."""
+    (output_dir / _MARKER).write_text(json.dumps({"run": run}))

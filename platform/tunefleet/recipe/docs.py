@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from tunefleet.recipe import owners, peers
 from tunefleet.recipe.check import TYPE_WORDS, choices, json_types, properties
 from tunefleet.recipe.schema import selectors
+from tunefleet.recipe.tune import TuneSettings
 from tunefleet_strategies import registry
 
 _TITLES: Mapping[str, str] = {
@@ -49,8 +50,38 @@ def recipe_markdown() -> str:
     for method in registry.methods():
         about = f"Owner: the method `{method.name}`; selected by `{owners.selection(method)}`. {_first_line(method)}"
         parts.append(_part(f"Method: {method.name}", method, about))
+    parts.append(_tune())
     parts.append(_peers())
     return "\n".join(parts)
+
+
+_TUNE = """A recipe with a nested `tune:` block is a search: `tunefleet tune` runs it, `tunefleet
+train` refuses it. Every key above the block is shared by all trials. On the command line a key of the block is written
+`tune.num_samples=8`.
+
+`space` has one branch (a mapping), several (a list of mappings) or is `auto`: the own space of the method that the
+recipe selects, or of every method if it selects none. In a branch a key has a fixed value or a domain:
+
+| domain | values |
+|---|---|
+| `{choice: [4, 8, 16]}` | one of these; lists of names are written `[[q_proj, v_proj], all]` |
+| `{uniform: [0, 0.1]}` | any number between |
+| `{loguniform: [1e-5, 1e-3]}` | any number between, each power of ten as likely |
+| `{quniform: [0, 0.1, 0.02]}` | the first number, then in steps up to the second |
+| `{randint: [10, 100]}` | whole numbers, the last one not among them |
+
+A branch may have keys of its method, of training (not those that make trials comparable: batch, steps, seeds) and
+`ray_num_workers`, `resources_per_worker`, `placement_strategy`. Keys that do nothing beside the others are not sampled,
+points that the rules refuse are never run, and points that are equal after defaults run once.
+
+`ray_num_workers` above the block is a wish: a method that allows fewer workers runs on the most that it allows, with
+the same global batch. In a branch it is an order. Where `resources_per_worker` is not written a worker has one GPU, or
+one CPU (with `max_concurrent_trials` written, a share of them)."""
+
+
+def _tune() -> str:
+    about = f"Owner: `{TuneSettings.__name__}`. {_TUNE}"
+    return _part("Search: the keys of `tune`", TuneSettings, about)
 
 
 def _first_line(owner: type[BaseModel]) -> str:

@@ -244,7 +244,7 @@ REFUSED: Mapping[str, Refusal] = dict(
             "sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend",
         ),
         *_refused(_NEVER, "that name is gone from transformers", "write eval_strategy", "evaluation_strategy"),
-        *_refused(_NEVER, "searches are not there yet", "remove it; a recipe is one run", "tune"),
+        *_refused(_NEVER, "asks for a search", "give the recipe to `tunefleet tune`, or remove it", "tune"),
     ]
 )
 """Key -> why it is refused and what to write instead. Values are never shown: some are secrets."""

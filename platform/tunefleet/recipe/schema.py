@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, JsonValue
 
-from tunefleet.recipe import owners, peers
+from tunefleet.recipe import owners, peers, tune
 from tunefleet.recipe.check import properties
+from tunefleet.recipe.tune import TuneSettings
 from tunefleet_strategies import registry
 
 
@@ -23,6 +24,7 @@ def recipe_schema() -> dict[str, JsonValue]:
     keys |= selectors()
     for method in registry.methods():
         keys |= _keys_of(method)
+    keys[tune.KEY] = tune_schema()
     for key, reason in peers.IGNORED.items():
         keys[key] = {"description": f"Accepted and not used, because {reason}.", "deprecated": True}
     return {
@@ -37,6 +39,24 @@ def recipe_schema() -> dict[str, JsonValue]:
             if field.is_required()
         ],
         "additionalProperties": False,
+    }
+
+
+def tune_schema() -> dict[str, JsonValue]:
+    """The block of a search. Which keys a branch of its space may have is checked by reading it."""
+    own: dict[str, JsonValue] = {
+        key: {**_or_null(schema), "description": schema["description"]}
+        for key, schema in properties(TuneSettings).items()
+    }
+    block: dict[str, JsonValue] = {
+        "type": "object",
+        "properties": own,
+        "required": ["space"],
+        "additionalProperties": False,
+    }
+    return {
+        "description": "Makes the recipe a search, which `tunefleet tune` runs.",
+        "anyOf": [block, {"type": "null"}],
     }
 
 

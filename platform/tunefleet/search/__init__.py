@@ -1,0 +1,1 @@
+"""Many runs: a space of recipes, searched under Ray Tune."""

@@ -1,0 +1,162 @@
+"""What a search leaves in `output_dir`: the best model and its recipe, the best recipe of each method, all trials.
+
+best.yaml            the best trial as a recipe that `tunefleet train` runs (of several metrics: front_1.yaml, ...)
+best_of/lora.yaml    the same for the best trial of each branch
+trials.parquet       a row for each trial
+best_so_far.png      what was found, trial by trial
+trials.png           every trial's curve, by branch
+and the best trial's model and record.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.errors import RunFailed
+from tunefleet.launch.home import bring_home, mark
+from tunefleet.recipe.tune import TuneSettings
+from tunefleet.search.book import Book, Trial, best, front
+from tunefleet.search.live import COLOURS, sampled
+from tunefleet.search.plots import best_so_far_plot, trials_plot
+from tunefleet.search.trial import RUNS
+from tunefleet.search.trials import Workshop
+
+_OF_A_SEARCH = ("overwrite_output_dir", "resume_from_checkpoint", "ray_run_name")
+"""Keys that say something of the search and nothing of its trials."""
+
+
+def leave(shop: Workshop, book: Book, output_dir: Path, *, plot: bool) -> None:
+    """Write what a search leaves.
+
+    Raises:
+        RunFailed: no trial went to its end.
+    """
+    settings = shop.tune
+    winners = winning(book, settings)
+    if not winners:
+        errors = [trial for trial in book.trials if trial.error is not None]
+        why = f", the first of the errors is {errors[0].error}" if errors else ""
+        raise RunFailed(f"None of the {len(book.trials)} trials went to its end{why}: see {book_uri(shop)}.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if len(settings.metrics) == 1:
+        bring_home(RunFolder(shop.search.child(RUNS, winners[0].name)), output_dir, plot)
+        write_recipe(shop, winners[0], output_dir / "best.yaml")
+    else:
+        for place, trial in enumerate(winners, 1):
+            write_recipe(shop, trial, output_dir / f"front_{place}.yaml")
+    (output_dir / "best_of").mkdir(exist_ok=True)
+    for trial in best_of_each(book, settings):
+        name = re.sub(r"[^A-Za-z0-9]+", "_", trial.branch_name).strip("_")
+        write_recipe(shop, trial, output_dir / "best_of" / f"{name}.yaml")
+    pq.write_table(trials_columns(book, settings), output_dir / "trials.parquet")
+    best_so_far_plot(book.trials, settings.metrics[0], settings.modes[0], output_dir / "best_so_far.png")
+    trials_plot(book.trials, settings.metrics[0], output_dir / "trials.png")
+    mark(output_dir, shop.search.uri)
+
+
+def book_uri(shop: Workshop) -> str:
+    return shop.search.child("trials.json").uri
+
+
+def winning(book: Book, settings: TuneSettings) -> list[Trial]:
+    """The best trial; of several metrics the front."""
+    if len(settings.metrics) > 1:
+        return front(book.trials, dict(zip(settings.metrics, settings.modes, strict=True)))
+    found = best(book.trials, settings.metrics[0], settings.modes[0])
+    return [] if found is None else [found]
+
+
+def best_of_each(book: Book, settings: TuneSettings) -> list[Trial]:
+    """The best trial of each branch, by the first metric."""
+    names = dict.fromkeys(trial.branch_name for trial in book.trials)
+    found = (
+        best([trial for trial in book.trials if trial.branch_name == name], settings.metrics[0], settings.modes[0])
+        for name in names
+    )
+    return [trial for trial in found if trial is not None]
+
+
+def write_recipe(shop: Workshop, trial: Trial, file: Path) -> None:
+    """A trial as a recipe of its own: what the person wrote, what was sampled, and the workers that it ran on."""
+    keys = {key: value for key, value in shop.keys(trial.point()).items() if value is not None}
+    keys = {key: value for key, value in keys.items() if key not in _OF_A_SEARCH}
+    keys["output_dir"] = f"{str(keys['output_dir']).rstrip('/')}-{file.stem}"
+    plain = json.loads(json.dumps(keys, default=list))
+    figures = ", ".join(f"{name} {trial.last(name)}" for name in shop.tune.metrics)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    file.write_text(f"# Trial {trial.number} of the search {shop.search.name} ({trial.branch_name}): {figures}\n{text}")
+
+
+def trials_columns(book: Book, settings: TuneSettings) -> pa.Table:
+    """All trials as columns: what they are, each sampled key, the last value of each metric, and all reports."""
+    trials = book.trials
+    columns: dict[str, pa.Array] = {
+        "trial": pa.array([trial.number for trial in trials], pa.int64()),
+        "run": pa.array([trial.name for trial in trials], pa.string()),
+        "branch": pa.array([trial.branch_name for trial in trials], pa.string()),
+        "method": pa.array([trial.method for trial in trials], pa.string()),
+        "workers": pa.array([trial.workers for trial in trials], pa.int64()),
+        "state": pa.array([trial.state for trial in trials], pa.string()),
+        "steps": pa.array([trial.steps for trial in trials], pa.int64()),
+        "updates": pa.array([trial.updates for trial in trials], pa.int64()),
+        "seconds": pa.array([trial.seconds for trial in trials], pa.float64()),
+        "error": pa.array([trial.error for trial in trials], pa.string()),
+    }
+    for metric in settings.metrics:
+        columns[metric] = pa.array([trial.last(metric) for trial in trials], pa.float64())
+    for key in dict.fromkeys(key for trial in trials for key in trial.values):
+        columns[f"sampled.{key}"] = _column([trial.values.get(key) for trial in trials])
+    columns["report_steps"] = pa.array(
+        [[report["step"] for report in trial.reports] for trial in trials], pa.list_(pa.int64())
+    )
+    columns["report_values"] = pa.array(
+        [[report.get(settings.metrics[0]) for report in trial.reports] for trial in trials], pa.list_(pa.float64())
+    )
+    return pa.table(columns)
+
+
+def _column(values: Sequence[object]) -> pa.Array:
+    """Values of one key as the narrowest type that holds them all."""
+    there = [value for value in values if value is not None]
+    if all(isinstance(value, bool) for value in there):
+        return pa.array(values, pa.bool_())
+    if all(isinstance(value, int) and not isinstance(value, bool) for value in there):
+        return pa.array(values, pa.int64())
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in there):
+        return pa.array([None if value is None else float(str(value)) for value in values], pa.float64())
+    texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    return pa.array(texts, pa.string())
+
+
+def result_table(book: Book, settings: TuneSettings) -> Table:
+    """The best of each branch first, then every other trial, best first."""
+    metric, sign = settings.metrics[0], 1.0 if settings.modes[0] == "min" else -1.0
+    winners = {trial.name for trial in winning(book, settings)}
+    best_ones = {trial.name for trial in best_of_each(book, settings)}
+    table = Table("", "method", "sampled", "workers", "steps", *settings.metrics, "state", title="trials")
+    table.title_justify = "left"
+
+    def order(trial: Trial) -> tuple[bool, float]:
+        value = trial.last(metric)
+        return (trial.state != "finished", float("inf") if value is None else sign * value)
+
+    for trial in sorted(book.trials, key=order):
+        mark_of = "best" if trial.name in winners else "best of its branch" if trial.name in best_ones else ""
+        figures = ["" if (value := trial.last(name)) is None else f"{value:.4f}" for name in settings.metrics]
+        state = Text(trial.state if not mark_of else f"{trial.state}, {mark_of}", style=COLOURS[trial.state])
+        if trial.error:
+            state.append(f": {trial.error}")
+        steps = f"{trial.steps}/{trial.updates or '?'}"
+        row = (str(trial.number), Text(trial.branch_name), Text(sampled(trial)), str(trial.workers), steps)
+        table.add_row(*row, *figures, state, style="bold" if trial.name in winners else None)
+    return table

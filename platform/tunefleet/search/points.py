@@ -1,0 +1,228 @@
+"""What Ray Tune asks for the next trial: points that can run, each once, when there is room for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from tunefleet.errors import Refused
+from tunefleet.plan import Plan
+from tunefleet.search.book import Book, Trial
+from tunefleet.search.searchers import Suggestions, packed, unpacked
+from tunefleet.search.sizing import Size, fit
+from tunefleet.search.space import Point, Space
+from tunefleet.shapes import ClusterShape
+from tunefleet_strategies.contract import StrategyError
+
+MOST_ASKED = 100
+"""Proposals in a row that were illegal or equal to earlier ones, after which a search looks for new points itself."""
+MOST_DRAWN = 1000
+
+
+class PointSearcher(Searcher):
+    """Hands trials to Ray Tune: first those that an earlier call left open, then new points."""
+
+    def __init__(
+        self,
+        space: Space,
+        inner: Suggestions,
+        book: Book,
+        draft: Callable[[Point], Plan],
+        place: Callable[[Trial, Plan], None],
+        cluster: ClusterShape,
+        *,
+        samples: int | None,
+        most_at_once: int | None,
+        seed: int,
+    ) -> None:
+        """Begin, or go on from what the book says.
+
+        Args:
+            draft: makes the plan of a point; raises `Refused` or `StrategyError` where it cannot run.
+            place: puts a trial's plan where its driver finds it.
+            samples: trials in all; None = as many as there are points.
+            most_at_once: trials at once; None = as many as the cluster holds.
+        """
+        super().__init__(metric=None, mode=None)
+        self.closed = False
+        """Set when no further trial shall start."""
+        self.paused: frozenset[str] = frozenset()
+        """Tune's identifiers of trials that hold no workers at the moment."""
+        self.refused: dict[str, int] = {}
+        """Why proposals were not run, with how many of them."""
+        self._space, self._inner, self._book, self._cluster = space, inner, book, cluster
+        self._draft, self._place = draft, place
+        self._samples, self._most, self._seed = samples, most_at_once, seed
+        self._asked = 0
+        self._identifiers: dict[str, str] = {}
+        self._told: set[str] = set()
+        self._sizes: dict[str, Size] = {}
+        self._names: dict[str, str] = {}
+        self._restore()
+        self._open = [trial for trial in book.trials if not trial.ended]
+        self._next: tuple[Trial, Plan] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: a search goes on from its own book, never from Ray's copy of this object."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing is kept here; see `Book`."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing is kept here; see `Book`."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial by its name; None = not now."""
+        if self.closed:
+            return Searcher.FINISHED
+        if self._next is None:
+            self._next = self._take_up() or self._choose()
+        if self._next is None:
+            return Searcher.FINISHED
+        trial, plan = self._next
+        size = Size(plan.workers.count, plan.workers.resources)
+        if not self._has_room(size):
+            return None
+        self._next = None
+        self._sizes[trial_id], self._names[trial_id] = size, trial.name
+        return {"trial": trial.name}
+
+    def _has_room(self, size: Size) -> bool:
+        taken = [one for trial_id, one in self._sizes.items() if trial_id not in self.paused]
+        if self._most is not None and len(taken) >= self._most:
+            return False
+        return not taken or fit([*taken, size], self._cluster)
+
+    def _take_up(self) -> tuple[Trial, Plan] | None:
+        """A trial that an earlier call left open."""
+        while self._open:
+            trial = self._open.pop(0)
+            try:
+                plan = self._draft(trial.point())
+            except (Refused, StrategyError) as error:
+                trial.state, trial.error = "infeasible", str(error)
+                self._book.save()
+                self._tell(trial.name, None)
+                continue
+            self._place(trial, plan)
+            return trial, plan
+        return None
+
+    def _choose(self) -> tuple[Trial, Plan] | None:
+        """A new point that can run."""
+        if self._samples is not None and len(self._book.trials) >= self._samples:
+            return None
+        for _ in range(MOST_ASKED):
+            self._asked += 1
+            identifier = f"asked_{self._asked}"
+            proposed = self._inner.ask(identifier)
+            if proposed is None:
+                self._keep()
+                return None
+            try:
+                point = self._space.point(proposed.branch, proposed.values)
+            except Refused as error:
+                self._refuse(error)
+                self._inner.tell(identifier, None)
+                continue
+            found = self._begin(point, identifier)
+            if found is not None:
+                return found
+        return self._look_around()
+
+    def _begin(self, point: Point, identifier: str | None) -> tuple[Trial, Plan] | None:
+        """The trial of a point, if it is new and can run."""
+        twin = self._book.twin(point)
+        plan: Plan | None = None
+        if twin is None:
+            try:
+                plan = self._draft(point)
+            except (Refused, StrategyError) as error:
+                self._refuse(error)
+        if plan is None:
+            if identifier is not None:
+                known = twin is not None and twin.ended and twin.reports and twin.error is None
+                self._inner.tell(identifier, dict(twin.reports[-1]) if twin is not None and known else None)
+            return None
+        branch = self._space.branches[point.branch]
+        trial = self._book.add(point, branch.name, branch.method.name, plan.workers.count, plan.batch.updates)
+        if identifier is not None:
+            self._identifiers[trial.name] = identifier
+        self._place(trial, plan)
+        self._keep()
+        self._book.save()
+        return trial, plan
+
+    def _look_around(self) -> tuple[Trial, Plan] | None:
+        """A new point at random, where the searcher finds none any more."""
+        chance = random.Random(f"{self._seed}-{len(self._book.trials)}")
+        for _ in range(MOST_DRAWN):
+            branch, values = self._space.draw(chance)
+            try:
+                point = self._space.point(branch, values)
+            except Refused:
+                continue
+            found = self._begin(point, None) if self._book.twin(point) is None else None
+            if found is not None:
+                return found
+        return None
+
+    def _refuse(self, error: Exception) -> None:
+        self.refused[str(error)] = self.refused.get(str(error), 0) + 1
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Figures of a trial that goes on."""
+        identifier = self._identifiers.get(self._names.get(trial_id, ""))
+        if identifier is not None:
+            self._inner.hear(identifier, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """A trial has ended, or was interrupted to be gone on with by the same command."""
+        self._sizes.pop(trial_id, None)
+        name = self._names[trial_id]
+        how = None if result is None else result.get("ended")
+        if how == "interrupted":
+            return
+        self._tell(name, result if not error and how in (None, "finished") else None)
+
+    def on_pause(self, trial_id: str) -> None:
+        """What HyperBand for BOHB tells its searcher."""
+        identifier = self._identifiers.get(self._names[trial_id])
+        if identifier is not None:
+            self._inner.pause(identifier, True)
+
+    def on_unpause(self, trial_id: str) -> None:
+        """What HyperBand for BOHB tells its searcher."""
+        identifier = self._identifiers.get(self._names[trial_id])
+        if identifier is not None:
+            self._inner.pause(identifier, False)
+
+    def _tell(self, name: str, result: dict[str, Any] | None) -> None:
+        identifier = self._identifiers.get(name)
+        if identifier is not None and name not in self._told:
+            self._inner.tell(identifier, result)
+        self._told.add(name)
+        self._keep()
+
+    def _keep(self) -> None:
+        state = packed(
+            inner=self._inner.state(), asked=self._asked, identifiers=self._identifiers, told=sorted(self._told)
+        )
+        self._book.keep_searcher_state(state)
+
+    def _restore(self) -> None:
+        """What the searcher had learned; what it has not heard of, it is told now."""
+        state = self._book.searcher_state()
+        if state is None:
+            return
+        kept = unpacked(state)
+        self._inner.restore(kept["inner"])
+        self._asked, self._identifiers, self._told = kept["asked"], kept["identifiers"], set(kept["told"])
+        for trial in self._book.trials:
+            if trial.ended and trial.name not in self._told:
+                heard = trial.state in ("finished", "stopped") and trial.reports
+                self._tell(trial.name, dict(trial.reports[-1]) if heard else None)

@@ -1,0 +1,98 @@
+"""Which trials are stopped before their end: Ray Tune's schedulers, counted in our own steps.
+
+Ray's `training_iteration` begins anew whenever a trial is paused or begun again, so no scheduler counts by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandForBOHB,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+
+from tunefleet.plan import Plan
+from tunefleet.recipe.tune import TuneSettings
+from tunefleet.search.book import Trial
+
+RUNG = "rung"
+"""Evaluations that a trial has behind it; HyperBand's unit, which has no use for steps between them."""
+NEVER: Any = float("inf")  # Ray declares a whole number, which would not be long enough before the first pause
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How trials are timed."""
+
+    updates: int
+    """Of a whole trial."""
+    interval: int
+    """Steps from one report to the next."""
+    grace: int
+    """Steps that every trial gets."""
+
+
+def rung(step: int, interval: int) -> int:
+    """How many intervals a step has behind it."""
+    return max(1, round(step / interval))
+
+
+def clock(tune: TuneSettings, plan: Plan) -> Clock:
+    """The clock of a search whose trials are planned like this one."""
+    evaluates = tune.metrics[0].startswith("eval_")
+    interval = (plan.cadence.evaluation if evaluates else plan.cadence.logging) or plan.cadence.logging
+    updates = plan.batch.updates or 1
+    return Clock(updates, min(interval, updates), min(tune.grace_steps or interval, updates))
+
+
+def pauses(tune: TuneSettings) -> bool:
+    """Whether trials are paused, to be gone on with."""
+    return tune.scheduler == "hyperband"
+
+
+def scheduler(tune: TuneSettings, time: Clock) -> TrialScheduler:
+    """The scheduler that a search asks for."""
+    aim: dict[str, Any] = {"metric": tune.metrics[0], "mode": tune.modes[0]}
+    rungs: dict[str, Any] = {
+        "time_attr": RUNG,
+        "max_t": rung(time.updates, time.interval),
+        "reduction_factor": tune.reduction_factor,
+    }
+    match tune.scheduler:
+        case "asha":
+            return AsyncHyperBandScheduler(
+                time_attr="step",
+                max_t=time.updates,
+                grace_period=time.grace,
+                reduction_factor=tune.reduction_factor,
+                **aim,
+            )
+        case "hyperband":
+            return HyperBandForBOHB(**rungs, **aim) if tune.search == "bohb" else HyperBandScheduler(**rungs, **aim)
+        case "median":  # a time slice without end: it stops trials and pauses none
+            return MedianStoppingRule(time_attr="step", grace_period=time.grace, min_time_slice=NEVER, **aim)
+        case _:
+            return FIFOScheduler()
+
+
+def remember(made: TrialScheduler, tune: TuneSettings, ended: Iterable[Trial]) -> None:
+    """Show a new scheduler what trials of earlier calls reported, so that it compares with them."""
+    if tune.scheduler not in ("asha", "median"):
+        return
+    controller: Any = None  # neither of the two asks it anything when it takes a result in
+    for trial in ended:
+        stand_in = RayTrial("tunefleet", trial_id=trial.name, stub=True)
+        reports = [report for report in trial.reports if report.get(tune.metrics[0]) is not None]
+        if reports:
+            made.on_trial_add(controller, stand_in)
+            for report in reports[:-1]:
+                made.on_trial_result(controller, stand_in, dict(report))
+            made.on_trial_complete(controller, stand_in, dict(reports[-1]))

@@ -1,0 +1,365 @@
+"""A search from the driver's side: check its space, run its trials under Ray Tune, bring the best one home."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import JsonValue
+from ray import tune as ray_tune
+from ray.exceptions import RayError
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+from ray.tune.experiment import Trial as RayTrial
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.errors import BrokenOff, Refused, RunFailed
+from tunefleet.launch.cluster import TRIAL_DRIVER, cluster_address, joined_shape, local_shape, search_session
+from tunefleet.launch.home import refuse_foreign_output, refuse_unwritable
+from tunefleet.launch.runs import claimed
+from tunefleet.launch.signals import StopWish, stop_wishes
+from tunefleet.models import check_weights
+from tunefleet.recipe.sections import RaySettings, Recipe, RunSettings
+from tunefleet.recipe.tune import SearchRecipe, TuneSettings
+from tunefleet.search.board import open_board
+from tunefleet.search.book import Book, State
+from tunefleet.search.ending import leave
+from tunefleet.search.live import SearchDisplay
+from tunefleet.search.opening import open_space
+from tunefleet.search.points import PointSearcher
+from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
+from tunefleet.search.searchers import refuse_missing, suggestions
+from tunefleet.search.sizing import most_at_once
+from tunefleet.search.space import WISH, Space
+from tunefleet.search.trial import ENDED, ERROR, FIGURES, PLANS, RUNS, RunTrial, sentence
+from tunefleet.search.trials import BranchPlan, Workshop, smallest
+from tunefleet.storage import Place, place
+from tunefleet.worker.failures import failures, last_failure
+
+DEFAULT_SAMPLES = 10
+HEAD_NODE = "node:__internal_head__"
+HEAD_SHARE = 0.001
+_POLL_SECONDS = 0.5
+_RAY_FILES = "ray"
+_SWITCHES = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that cannot run reports none
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the book is kept by us
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # a search goes on from its book
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """How a search ended."""
+
+    book: Book
+    tune: TuneSettings
+    search: Place
+    output_dir: Path
+    exit_code: int
+    """0 finished, 130 or 143 stopped by a signal."""
+
+
+def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutcome:
+    """Run a search to its end, or until a signal stops it; go on with one that was interrupted.
+
+    Args:
+        root: the folder that relative paths of the recipe start from.
+
+    Raises:
+        Refused: the search cannot run; nothing was started.
+        RunFailed: no trial went to its end, or Ray ended.
+        BrokenOff: a second signal came.
+    """
+    space = open_space(search)
+    refuse_missing(search.tune.search)
+    common = space.branches[0].recipe(next(space.branches[0].legal_outlines()))
+    folder = place(common.ray.ray_storage_path, base=root).child(common.run_name)
+    output_dir = (root / Path(common.run.output_dir).expanduser()).resolve()
+    with ExitStack() as stack:
+        joins = cluster_address(common.ray) is not None
+        if joins:
+            stack.enter_context(search_session(common.ray))
+        cluster = joined_shape() if joins else local_shape(common.ray)
+        shop = Workshop(space, search.tune, search.keys, cluster, root, folder)
+        with display.preparing() as stages:
+            plans = shop.survey(stages)
+        check_weights(common.model)
+        refuse_foreign_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
+        refuse_unwritable(output_dir, "output_dir")
+        stack.enter_context(claimed(RunFolder(folder)))
+        book = _open_book(search, common, folder)
+        for text in (*space.notices, *plans[0].plan.notices):
+            display.note(text)
+        display.show_plan(plans, book, _planned_trials(space, search.tune), _at_once(search.tune, shop, plans))
+        if not joins:
+            stack.enter_context(search_session(common.ray))
+        wish = stack.enter_context(stop_wishes())
+        stack.enter_context(display)
+        try:
+            ending = _Search(shop, plans, book, common, display, wish).run()
+        except KeyboardInterrupt as error:
+            raise BrokenOff("Broken off: the same command goes on from the trials' newest checkpoints.") from error
+        except RayError as error:
+            raise RunFailed("Ray ended during the search: the same command goes on from what it left.") from error
+    if ending:
+        return SearchOutcome(book, search.tune, folder, output_dir, ending)
+    leave(shop, book, output_dir, plot=common.run.plot_loss)
+    return SearchOutcome(book, search.tune, folder, output_dir, 0)
+
+
+def _planned_trials(space: Space, settings: TuneSettings) -> int:
+    """How many trials there will be at most."""
+    points = sum(1 for _ in space.points()) if space.finite and settings.search == "grid" else None
+    return points if points is not None else settings.num_samples or DEFAULT_SAMPLES
+
+
+def _at_once(settings: TuneSettings, shop: Workshop, plans: list[BranchPlan]) -> int:
+    """How many trials can be under way at the same time, at most."""
+    room = most_at_once(smallest(plans), shop.cluster)
+    return room if settings.max_concurrent_trials == "auto" else min(room, settings.max_concurrent_trials)
+
+
+def _open_book(search: SearchRecipe, common: Recipe, folder: Place) -> Book:
+    """The book of this search, begun or gone on with.
+
+    Raises:
+        Refused: it is finished, or another search has this name.
+    """
+    run = common.run
+    if run.resume_from_checkpoint is False:
+        _clear(folder)
+    if RunFolder(folder).record.exists():
+        raise Refused(f"{folder.uri} is a run and no search: choose another ray_run_name or output_dir for the search.")
+    book = Book(folder)
+    wanted = _identity(search)
+    if book.complete and run.overwrite_output_dir and book.searched == wanted and not _more(search.tune, book):
+        _clear(folder)
+        book = Book(folder)
+    if book.searched and book.searched != wanted:
+        changed = sorted(key for key in {*book.searched, *wanted} if book.searched.get(key) != wanted.get(key))
+        raise Refused(
+            f"The search {folder.name} was begun with other values ({', '.join(changed)}): restore them to go on, "
+            f"write resume_from_checkpoint: false to begin anew, or choose another ray_run_name."
+        )
+    if book.complete and not _more(search.tune, book):
+        raise Refused(
+            f"The search {folder.name} is finished ({folder.uri}): write a larger tune.num_samples to go on, "
+            f"overwrite_output_dir: true to search anew, or choose another output_dir or ray_run_name."
+        )
+    book.complete, book.searched = False, wanted
+    for trial in book.open_trials:
+        trial.state = "waiting"
+    book.save()
+    return book
+
+
+def _more(settings: TuneSettings, book: Book) -> bool:
+    """Whether a finished search is asked for more trials than it has had."""
+    return settings.search != "grid" and (settings.num_samples or DEFAULT_SAMPLES) > len(book.trials)
+
+
+_MAY_CHANGE = frozenset({"num_samples", "max_concurrent_trials", "budget", "trial_retries"})
+
+
+def _identity(search: SearchRecipe) -> dict[str, JsonValue]:
+    """What makes a search this one: another value would make other trials."""
+    free = (set(RunSettings.model_fields) | set(RaySettings.model_fields)) - {WISH, "eval_strategy", "eval_steps"}
+    keys = {key: value for key, value in search.keys.items() if key not in free and value is not None}
+    block = {
+        f"tune.{key}": value for key, value in search.tune.model_dump(mode="json").items() if key not in _MAY_CHANGE
+    }
+    kept: dict[str, JsonValue] = json.loads(json.dumps({**keys, **block}, default=str))
+    return kept
+
+
+def _clear(folder: Place) -> None:
+    for name in (RUNS, PLANS, _RAY_FILES, "trials.json", "searcher.state"):
+        folder.child(name).delete()
+
+
+class _Search:
+    """A search under way."""
+
+    def __init__(
+        self,
+        shop: Workshop,
+        plans: list[BranchPlan],
+        book: Book,
+        common: Recipe,
+        display: SearchDisplay,
+        wish: StopWish,
+    ) -> None:
+        self._shop, self._book, self._display, self._wish = shop, book, display, wish
+        settings = shop.tune
+        seed = common.training.seed if settings.search_seed is None else settings.search_seed
+        self._clock = clock(settings, plans[0].plan)
+        self._searcher = PointSearcher(
+            shop.space,
+            suggestions(shop.space, settings, seed),
+            book,
+            shop.plan,
+            shop.put,
+            shop.cluster,
+            samples=None if settings.search == "grid" else settings.num_samples or DEFAULT_SAMPLES,
+            most_at_once=None if settings.max_concurrent_trials == "auto" else settings.max_concurrent_trials,
+            seed=seed,
+        )
+        self._board = open_board()
+        self._scribe = Scribe(book, self._searcher, shop.search, self._clock)
+        self._most = _at_once(settings, shop, plans)
+        self._error: BaseException | None = None
+
+    def run(self) -> int:
+        """Run the trials. Returns the exit code of a signal, or 0."""
+        thread = threading.Thread(target=self._fit, daemon=True, name="search")
+        thread.start()
+        stopping = False
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            self._display.update(self._book, ray.get(self._board.look.remote()))
+            over = self._shop.tune.seconds is not None and self._book.elapsed() > self._shop.tune.seconds
+            if (over or self._wish.signal is not None) and not stopping:
+                stopping = True
+                self._scribe.cuts = over
+                self._searcher.closed = True
+                self._board.stop.remote()
+                self._display.note(
+                    "the budget is spent: running trials end"
+                    if over
+                    else "stopping: the trials save checkpoints at their next step (once more to break off at once)"
+                )
+        for reason, count in self._searcher.refused.items():
+            self._display.note(f"{count} proposed point(s) cannot run: {reason}")
+        if self._error is not None:
+            raise self._error
+        self._shop.search.child(_RAY_FILES).delete()
+        self._book.complete = self._wish.signal is None
+        self._book.save()
+        return self._wish.exit_code
+
+    def _fit(self) -> None:
+        try:
+            self._tuner().fit()
+        except BaseException as error:  # handed over to the main thread, which raises it
+            self._error = error
+
+    def _tuner(self) -> ray_tune.Tuner:
+        for name, value in _SWITCHES.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        settings, search = self._shop.tune, self._shop.search
+        made = scheduler(settings, self._clock)
+        remember(made, settings, (trial for trial in self._book.trials if trial.ended))
+        search.child(_RAY_FILES).delete()
+        trainable: Any = ray_tune.with_parameters(
+            RunTrial,
+            search=search.uri,
+            board=self._board,
+            evaluates=settings.metrics[0].startswith("eval_"),
+            interval=self._clock.interval,
+        )
+        return ray_tune.Tuner(
+            ray_tune.with_resources(trainable, driver_seat(settings, self._most)),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=self._searcher,
+                scheduler=made,
+                num_samples=-1,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=ray_tune.RunConfig(
+                name="tune",
+                storage_path=search.child(_RAY_FILES).path,
+                storage_filesystem=search.filesystem,
+                callbacks=[self._scribe],
+                failure_config=ray_tune.FailureConfig(max_failures=settings.trial_retries),
+                verbose=0,
+            ),
+        )
+
+
+def _name(trial: RayTrial) -> str:
+    name: str = trial.config["trial"]
+    return name
+
+
+def driver_seat(settings: TuneSettings, most: int) -> PlacementGroupFactory:
+    """What the driver of a trial takes: never a CPU, or drivers would hold those that their workers wait for.
+
+    Where trials are paused Ray itself chooses who goes on, so there the seats are as many as trials may be under way.
+    """
+    offered = ray.cluster_resources().get(TRIAL_DRIVER, 0.0)
+    name, amount, whole = (TRIAL_DRIVER, 1.0, offered) if offered >= 1 else (HEAD_NODE, HEAD_SHARE, 0.9)
+    if pauses(settings):
+        amount = max(amount, int(whole / most)) if whole > 1 else max(amount, round(whole / most, 3))
+    return PlacementGroupFactory([{"CPU": 0.0, name: amount}])
+
+
+class Scribe(ray_tune.Callback):
+    """Writes what Ray Tune's trials do into the book."""
+
+    def __init__(self, book: Book, searcher: PointSearcher, search: Place, time_of: Clock) -> None:
+        self.cuts = False
+        """Whether trials that are interrupted now have had their share: the budget is spent."""
+        self._book, self._searcher, self._search, self._clock = book, searcher, search, time_of
+        self._since: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray's copy of this object is never used."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
+        """Let the searcher know who holds no workers."""
+        self._searcher.paused = frozenset(trial.trial_id for trial in trials if trial.status == RayTrial.PAUSED)
+
+    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """A trial begins, or goes on."""
+        self._since[trial.trial_id] = time.monotonic()
+        self._note(trial, "running")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial reports. HyperBand's own time is added, and the figures are kept."""
+        kept = self._book.named(_name(trial))
+        figures = {key: value for key, value in result.items() if key in FIGURES}
+        if result.get(ENDED) in (None, "finished") and figures not in kept.reports[-1:]:
+            kept.reports.append(figures)
+        kept.steps = max(kept.steps, int(result.get("step") or 0))
+        self._note(trial, kept.state)
+
+    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """A trial has ended by itself, or was stopped by the scheduler."""
+        last: Mapping[str, Any] = trial.last_result or {}
+        how = last.get(ENDED)
+        if how == "interrupted":
+            self._note(trial, "cut" if self.cuts else "waiting")
+            return
+        state: State = how if how in ("finished", "failed", "infeasible") else "stopped"
+        self._note(trial, state, last.get(ERROR))
+
+    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """A trial has failed as often as it may."""
+        failure = last_failure(failures(RunFolder(self._search.child(RUNS, _name(trial))).record))
+        error = trial.get_pickled_error()
+        text = sentence(failure) if failure is not None else str(error).strip().splitlines()[-1]
+        self._note(trial, "failed", text)
+
+    def _note(self, trial: RayTrial, state: State, error: str | None = None) -> None:
+        kept = self._book.named(_name(trial))
+        now = time.monotonic()
+        kept.seconds += now - self._since.get(trial.trial_id, now)
+        self._since[trial.trial_id] = now
+        kept.state, kept.error = state, error
+        self._book.save()

@@ -1,0 +1,185 @@
+"""What Ray Tune is handed: legal points, each once, when there is room; and all of it again after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.search import Searcher
+from tests.search.illegal import BASE
+from tests.search.test_opening import opened
+
+from tunefleet.errors import Refused
+from tunefleet.hardware import Hardware
+from tunefleet.plan import Plan, make_plan
+from tunefleet.recipe.tune import search_from
+from tunefleet.search.book import Book, Trial
+from tunefleet.search.points import PointSearcher
+from tunefleet.search.searchers import suggestions
+from tunefleet.search.sizing import trial_keys, trial_recipe
+from tunefleet.search.space import Point
+from tunefleet.shapes import ClusterShape, NodeShape
+from tunefleet.storage import place
+from tunefleet_strategies.contract import ModelShape, ParameterShape
+
+SHAPE = ModelShape("TinyForCausalLM", 10, 4, 1, (ParameterShape("embed", (10, 4), True),))
+FOUR = ClusterShape((NodeShape(cpus=4),), cpu=Hardware("cpu", bf16=False))
+RANKS: list[dict[str, Any]] = [{"finetuning_type": "lora", "lora_rank": {"choice": [2, 4, 8, 16]}}]
+MIXED: list[dict[str, Any]] = [
+    {"finetuning_type": "lora", "lora_rank": {"randint": [1, 500]}},
+    {"finetuning_type": "full", "ray_num_workers": 1, "learning_rate": {"uniform": [1e-5, 1e-3]}},
+]
+
+
+class Desk:
+    """A search without Ray: trials are handed out, and end when the test says so."""
+
+    def __init__(self, folder: Path, space: Sequence[Mapping[str, Any]], *, at_once: int | None = None, **tune: Any):
+        shared = {**BASE, "resources_per_worker": {"CPU": 1}}
+        search = search_from({**shared, "tune": {"space": list(space), **tune}})
+        self.space = opened(list(space), tune, resources_per_worker={"CPU": 1})
+        self.book = Book(place(folder))
+        self.forbidden: set[int] = set()
+        self.placed: list[str] = []
+
+        def draft(point: Point) -> Plan:
+            if point.values.get("lora_rank") in self.forbidden:
+                raise Refused(f"rank {point.values['lora_rank']} does not fit")
+            keys = trial_keys(self.space.branches[point.branch], point.values, shared)
+            return make_plan(trial_recipe(keys, "trial", str(folder)), SHAPE, None, FOUR, str(folder))
+
+        def put(trial: Trial, plan: Plan) -> None:
+            self.placed.append(trial.name)
+
+        self.searcher = PointSearcher(
+            self.space,
+            suggestions(self.space, search.tune, 0),
+            self.book,
+            draft,
+            put,
+            FOUR,
+            samples=search.tune.num_samples,
+            most_at_once=at_once,
+            seed=0,
+        )
+
+    def take(self, identifier: str) -> Trial | None:
+        """The next trial, or None if there is none now."""
+        config: Any = self.searcher.suggest(identifier)
+        return None if config in (None, Searcher.FINISHED) else self.book.named(config["trial"])
+
+    def end(self, identifier: str, trial: Trial, loss: float = 1.0) -> None:
+        trial.state, trial.reports = "finished", [{"step": 100, "eval_loss": loss}]
+        self.book.save()
+        self.searcher.on_trial_complete(identifier, {"eval_loss": loss, "ended": "finished"})
+
+    def run(self) -> list[Trial]:
+        """All trials, one after the other."""
+        found: list[Trial] = []
+        while (trial := self.take(f"t{len(found)}")) is not None:
+            self.end(f"t{len(found)}", trial, loss=float(len(found)))
+            found.append(trial)
+        return found
+
+
+@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
+def test_equal_points_run_once_and_do_not_count(tmp_path: Path, search: str) -> None:
+    ranks = [trial.values["lora_rank"] for trial in Desk(tmp_path, RANKS, search=search, num_samples=4).run()]
+    assert sorted(map(int, map(str, ranks))) == [2, 4, 8, 16]
+
+
+def test_a_search_ends_when_there_are_no_more_points(tmp_path: Path) -> None:
+    assert len(Desk(tmp_path, RANKS, search="random", num_samples=50).run()) == 4
+
+
+def test_points_that_the_plan_refuses_are_never_run_and_counted(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, RANKS, search="grid")
+    desk.forbidden = {4, 16}
+    assert [trial.values["lora_rank"] for trial in desk.run()] == [2, 8]
+    assert desk.searcher.refused == {"rank 4 does not fit": 1, "rank 16 does not fit": 1}
+    assert desk.placed == [trial.name for trial in desk.book.trials]
+
+
+def test_trials_start_when_there_is_room_for_their_size(tmp_path: Path) -> None:
+    """Four CPUs hold two LoRA trials of two workers; a trial of one finds room beside one of them."""
+    desk = Desk(tmp_path, MIXED, search="random", num_samples=20)
+    running: dict[str, Trial] = {}
+    seen: set[int] = set()
+    for number in range(60):
+        trial = desk.take(f"t{number}")
+        if trial is not None:
+            running[f"t{number}"] = trial
+        assert sum(one.workers for one in running.values()) <= 4
+        if trial is None:
+            if not running:
+                break
+            seen.add(len(running))
+            identifier = next(iter(running))
+            desk.end(identifier, running.pop(identifier))
+    assert len(desk.book.trials) == 20
+    assert {trial.workers for trial in desk.book.trials} == {1, 2}
+    assert max(seen) >= 3
+
+
+def test_paused_trials_hold_no_room(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, MIXED[:1], search="random", num_samples=9)
+    assert desk.take("a") is not None
+    assert desk.take("b") is not None
+    assert desk.take("c") is None
+    desk.searcher.paused = frozenset({"a"})
+    assert desk.take("c") is not None
+
+
+def test_a_written_limit_is_kept(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, MIXED[:1], search="random", num_samples=9, at_once=1)
+    assert desk.take("a") is not None
+    assert desk.take("b") is None
+
+
+def test_a_closed_search_hands_nothing_out(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, RANKS, search="grid")
+    desk.searcher.closed = True
+    assert desk.searcher.suggest("a") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("search", ["grid", "random", "optuna", "hyperopt"])
+def test_after_a_kill_open_trials_come_first_and_nothing_is_repeated_or_lost(tmp_path: Path, search: str) -> None:
+    samples = {} if search == "grid" else {"num_samples": 4}
+    first = Desk(tmp_path, RANKS, search=search, **samples)
+    ended, running = first.take("a"), first.take("b")
+    assert ended is not None
+    assert running is not None
+    first.end("a", ended)
+    del first  # killed: nothing else is written
+
+    again = Desk(tmp_path, RANKS, search=search, **samples)
+    found = again.run()
+    assert found[0].name == running.name
+    assert [trial.number for trial in again.book.trials] == [1, 2, 3, 4]
+    assert len({trial.digest for trial in again.book.trials}) == 4
+    assert len(found) == 3
+
+
+def test_a_result_that_the_searcher_has_not_heard_of_is_told_again(tmp_path: Path) -> None:
+    first = Desk(tmp_path, RANKS, search="optuna", num_samples=4)
+    trial = first.take("a")
+    assert trial is not None
+    trial.state, trial.reports = "finished", [{"step": 100, "eval_loss": 0.5}]
+    first.book.save()  # and killed before Tune told the searcher
+
+    again = Desk(tmp_path, RANKS, search="optuna", num_samples=4)
+    study: Any = again.searcher._inner.searcher._ot_study  # type: ignore[attr-defined]
+    assert [one.value for one in study.get_trials(deepcopy=False) if one.value is not None] == [0.5]
+
+
+def test_an_interrupted_trial_is_not_told_and_comes_again(tmp_path: Path) -> None:
+    first = Desk(tmp_path, RANKS, search="optuna", num_samples=4)
+    trial = first.take("a")
+    assert trial is not None
+    first.searcher.on_trial_complete("a", {"eval_loss": 3.0, "ended": "interrupted"})
+    again = Desk(tmp_path, RANKS, search="optuna", num_samples=4)
+    taken = again.take("b")
+    assert taken is not None
+    assert taken.name == trial.name

@@ -1,0 +1,235 @@
+"""Searches under Ray Tune: where trials are placed, who is stopped, what is left, and how they go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tests.search.under_tune import (
+    LORA,
+    RATIO,
+    Watching,
+    attempts,
+    folder,
+    kept,
+    search_keys,
+    searched,
+    until,
+    worker_groups,
+)
+from tests.worker.under_ray import World
+
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.recipe.read import read_recipe
+from tunefleet.search.book import Book
+from tunefleet.search.tuner import SearchOutcome, tune
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def run(world: World, space: Any, react: Any = None, **more: Any) -> tuple[SearchOutcome, Watching]:
+    display = Watching(react)
+    return tune(searched(world, space, **more), display, world.folder), display
+
+
+class Surveyor:
+    """Notes the worker bundles that Ray has placed while each trial reports."""
+
+    def __init__(self) -> None:
+        self.groups: set[tuple[int, ...]] = set()
+
+    def __call__(self, book: Book) -> None:
+        if any(trial.state == "running" for trial in book.trials):
+            self.groups.add(tuple(sorted(len(group) for group in worker_groups())))
+
+
+def test_each_trial_is_placed_by_what_was_sampled_and_the_best_comes_home(world: World) -> None:
+    """Two workers were wished: LoRA gets them and ratio mode gets one. The worst of them never trains to its end."""
+    surveyor = Surveyor()
+    space = [{**LORA, "lora_rank": {"choice": [4]}}, {**RATIO, "badam_switch_interval": {"choice": [5]}}]
+    outcome, display = run(world, space, surveyor)
+    assert outcome.exit_code == 0
+    lora, ratio = outcome.book.trials
+    assert (lora.workers, ratio.workers) == (2, 1)
+    assert [one.why for one in display.plans] == [None, "badam with badam_mode: ratio runs on 1"]
+    bundles = {count for counts in surveyor.groups for count in counts}
+    assert bundles == {1, 2}
+    assert until(lambda: not worker_groups(), 5)
+
+    assert [attempts(world, trial.name)[0]["world_size"] for trial in (lora, ratio)] == [2, 1]
+    assert [[report["step"] for report in trial.reports] for trial in (lora, ratio)] == [[10, 20, 30, 40]] * 2
+    # The same samples in every update, whoever trains: what is counted is the same.
+    assert lora.reports[-1]["tokens"] == ratio.reports[-1]["tokens"]
+
+    home = world.folder / "search"
+    best = min(outcome.book.trials, key=lambda trial: trial.last("eval_loss") or 9)
+    recipe = read_recipe(home / "best.yaml")
+    assert recipe.method.name == best.method
+    assert recipe.ray.ray_num_workers == best.workers
+    assert {"trials.parquet", "best_so_far.png", "trials.png", "metrics.jsonl", "best_of"} <= {
+        file.name for file in home.iterdir()
+    }
+    assert {file.name for file in (home / "best_of").iterdir()} == {"lora.yaml", "badam.yaml"}
+    assert pq.read_table(home / "trials.parquet").num_rows == 2
+    assert any(home.glob("*.safetensors"))
+    with pytest.raises(Refused, match="The search search is finished"):
+        run(world, space)
+
+
+@pytest.mark.slow
+def test_the_best_recipe_trains_to_the_same_loss(world: World) -> None:
+    outcome, _ = run(world, [LORA], tune={"search": "random", "num_samples": 1})
+    (trial,) = outcome.book.trials
+    keys = yaml.safe_load((world.folder / "search" / "best.yaml").read_text())
+    assert keys["output_dir"].endswith("search-best")
+    again = world.run(read_recipe(world.folder / "search" / "best.yaml"))
+    assert again.summary["eval_loss"] == trial.last("eval_loss")
+
+
+@pytest.mark.slow
+def test_trials_that_asha_stops_free_their_workers_at_once(world: World) -> None:
+    """On a cluster whose dashboard is off, so that nobody but the trial itself can have freed them."""
+    leaks: list[int] = []
+
+    def react(book: Book) -> None:
+        running = sum(trial.state == "running" for trial in book.trials)
+        leaks.append(len(worker_groups()) - running)
+
+    rates = {"finetuning_type": "full", "learning_rate": {"choice": [1e-2, 3e-5, 1e-5, 3e-6]}}
+    outcome, _ = run(world, [rates], react, tune={"scheduler": "asha", "max_concurrent_trials": 1})
+    states = [trial.state for trial in outcome.book.trials]
+    assert states[0] == "finished"
+    assert states.count("stopped") >= 2
+    for trial in outcome.book.trials:
+        if trial.state == "stopped":
+            assert attempts(world, trial.name)[-1]["executed_steps"] < 40
+            assert not (folder(world) / "trials" / trial.name / "record" / "result.json").exists()
+    # A stopped trial's group may be seen for as long as its workers say goodbye, never two of them.
+    assert max(leaks) <= 1
+    assert until(lambda: not worker_groups(), 5)
+
+
+@pytest.mark.slow
+def test_a_failing_trial_is_retried_then_recorded_and_one_that_cannot_run_is_infeasible(world: World) -> None:
+    space = [{"finetuning_type": "full", "learning_rate": {"choice": [1e30, 1e-3]}, "max_grad_norm": 0}]
+    outcome, _ = run(world, space, tune={"max_concurrent_trials": 1})
+    exploded, fine = outcome.book.trials
+    assert (exploded.state, fine.state) == ("failed", "finished")
+    assert exploded.error is not None
+    assert "not finite" in exploded.error
+    assert "lower learning_rate" in exploded.error
+
+
+@pytest.mark.slow
+def test_a_search_without_a_whole_trial_fails_with_its_first_error(world: World) -> None:
+    space = [{"finetuning_type": "full", "learning_rate": {"choice": [1e30]}, "max_grad_norm": 0}]
+    with pytest.raises(
+        RunFailed, match=r"None of the 1 trials went to its end, the first of the errors is .*not finite"
+    ):
+        run(world, space)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", ["optuna", "hyperopt"])
+def test_hyperband_pauses_and_goes_on(world: World, search: str) -> None:
+    rates = {"finetuning_type": "full", "learning_rate": {"loguniform": [1e-5, 1e-2]}}
+    settings = {"search": search, "scheduler": "hyperband", "num_samples": 4, "reduction_factor": 2}
+    outcome, _ = run(world, [rates], tune=settings, ray_num_workers=1)
+    states = [trial.state for trial in outcome.book.trials]
+    assert len(states) == 4
+    assert set(states) <= {"finished", "stopped"}
+    assert "finished" in states
+    assert until(lambda: not worker_groups(), 5)
+
+
+@pytest.mark.slow
+def test_the_budget_ends_a_search_and_what_ran_to_its_end_counts(world: World) -> None:
+    display = Watching()
+    search = searched(
+        world, [LORA], tune={"budget": {"hours": 1e-5}, "max_concurrent_trials": 1}, max_steps=4000, eval_steps=1000
+    )
+    with pytest.raises(RunFailed, match="went to its end"):
+        tune(search, display, world.folder)
+    assert any("budget is spent" in note for note in display.notes)
+    assert {trial["state"] for trial in kept(world)} == {"cut"}
+
+
+def command(world: World, name: str, space: Any, **more: Any) -> list[str]:
+    recipe = world.folder / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(search_keys(world, space, **more)))
+    return [str(Path(sys.executable).with_name("tunefleet")), "tune", str(recipe)]
+
+
+LONG: dict[str, Any] = {"max_steps": 400, "save_steps": 20, "eval_steps": 100, "tune": {"max_concurrent_trials": 1}}
+RANKS = [{**LORA, "lora_rank": {"choice": [4, 8]}}]
+
+
+def killed_in_second_trial(world: World, sent: signal.Signals) -> tuple[list[str], int, str]:
+    """A search whose driver gets a signal while its second trial trains; its first trial is over."""
+    words = command(world, "search", RANKS, **LONG)
+    driver = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    second = ""
+
+    def training() -> bool:
+        nonlocal second
+        if not (folder(world) / "trials.json").is_file():
+            return False
+        trials = kept(world)
+        second = trials[1]["name"] if len(trials) > 1 else ""
+        checkpoints = folder(world) / "trials" / (second or "none") / "checkpoints"
+        return checkpoints.is_dir() and any(checkpoints.glob("step_*/complete.json"))
+
+    assert until(training, 300)
+    os.killpg(driver.pid, sent)
+    assert driver.stdout is not None
+    driver.stdout.read()
+    return words, driver.wait(timeout=120), second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_the_same_command_goes_on_and_repeats_nothing(world: World, sent: signal.Signals) -> None:
+    words, code, second = killed_in_second_trial(world, sent)
+    assert code == (-9 if sent is signal.SIGKILL else 130)
+    before = kept(world)
+    assert [trial["state"] for trial in before] == ["finished", "running" if sent is signal.SIGKILL else "waiting"]
+
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    after = kept(world)
+    assert [trial["name"] for trial in after] == [trial["name"] for trial in before]
+    assert [trial["state"] for trial in after] == ["finished", "finished"]
+    assert len(attempts(world, after[0]["name"])) == 1
+    first, last = attempts(world, second)
+    assert first["reason"] == ("killed" if sent is signal.SIGKILL else "stopped")
+    assert last["start_step"] >= 20
+    assert last["executed_steps"] == 400 - last["start_step"]
+
+
+@pytest.mark.slow
+def test_a_finished_search_goes_on_if_more_trials_are_asked_for(world: World) -> None:
+    run(world, [LORA], tune={"search": "random", "num_samples": 1})
+    outcome, _ = run(world, [LORA], tune={"search": "random", "num_samples": 2})
+    assert [trial.state for trial in outcome.book.trials] == ["finished", "finished"]
+    assert len(attempts(world, outcome.book.trials[0].name)) == 1
+
+
+def test_another_search_of_the_same_name_is_refused_by_what_differs(world: World) -> None:
+    book = Book(_place(world))
+    book.searched = {"learning_rate": 1.0}
+    book.save()
+    with pytest.raises(Refused, match=r"The search search was begun with other values \(.*learning_rate"):
+        run(world, [LORA])
+
+
+def _place(world: World) -> Any:
+    from tunefleet.storage import place
+
+    return place(folder(world))

@@ -1,0 +1,99 @@
+"""Workers and batches of trials: the same global batch for all, whatever the method allows; who fits beside whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.search.illegal import BASE
+from tests.search.test_opening import opened
+
+from tunefleet.errors import Refused
+from tunefleet.hardware import Hardware
+from tunefleet.recipe.read import read_flat
+from tunefleet.search.sizing import Batch, Size, fit, fitted, most_at_once, trial_keys, trial_recipe
+from tunefleet.shapes import ClusterShape, NodeShape
+
+BADAM = {"finetuning_type": "full", "use_badam": True}
+RATIO = {**BADAM, "badam_mode": "ratio"}
+LAYERWISE = {"finetuning_type": "full", "use_galore": True, "galore_layerwise": True}
+ONE, TWO = Size(1, {"CPU": 1.0}), Size(2, {"CPU": 1.0})
+
+
+def sized(branch: dict[str, object], **base: object) -> tuple[int, int, int]:
+    """Workers, micro-batch and accumulation of a branch's trial."""
+    shared: dict[str, Any] = {**BASE, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, **base}
+    space = opened([branch], **shared)
+    recipe = read_flat(trial_keys(space.branches[0], {}, shared))
+    training = recipe.training
+    return recipe.ray.max_workers, training.per_device_train_batch_size, training.gradient_accumulation_steps
+
+
+def machines(*cpus: float) -> ClusterShape:
+    return ClusterShape(tuple(NodeShape(count) for count in cpus), cpu=Hardware("cpu", bf16=False))
+
+
+@pytest.mark.parametrize(
+    ("branch", "base", "size"),
+    [
+        ({"finetuning_type": "lora"}, {}, (2, 4, 3)),
+        (RATIO, {}, (1, 4, 6)),  # one worker takes the samples of two
+        (LAYERWISE, {}, (1, 24, 1)),  # and where it cannot accumulate, at once
+        (BADAM, {}, (2, 4, 3)),
+        ({"finetuning_type": "lora", "ray_num_workers": 1}, {}, (1, 4, 6)),  # an order, the same global batch
+        ({"finetuning_type": "lora", "ray_num_workers": 4}, {}, (4, 3, 2)),
+        ({"finetuning_type": "lora"}, {"ray_num_workers": None}, (1, 4, 3)),
+        (RATIO, {"ray_num_workers": 3, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 1}, (1, 5, 3)),
+    ],
+)
+def test_workers_and_batch_of_a_trial(
+    branch: dict[str, object], base: dict[str, object], size: tuple[int, int, int]
+) -> None:
+    assert sized(branch, **base) == size
+
+
+def test_the_sampled_mode_decides_how_many_workers() -> None:
+    shared: dict[str, Any] = {**BASE, "per_device_train_batch_size": 4}
+    (branch,) = opened([{**BADAM, "badam_mode": {"choice": ["layer", "ratio"]}}], **shared).branches
+    workers = {mode: trial_keys(branch, {"badam_mode": mode}, shared)["ray_num_workers"] for mode in ("layer", "ratio")}
+    assert workers == {"layer": 2, "ratio": 1}
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
+    with pytest.raises(Refused, match="ray_num_workers: 5 cannot share the search's global batch of 24 samples evenly"):
+        sized({"finetuning_type": "lora", "ray_num_workers": 5})
+
+
+def test_elastic_wishes_are_refused() -> None:
+    with pytest.raises(Refused, match="write one number"):
+        sized({"finetuning_type": "lora"}, ray_num_workers=[1, 2])
+
+
+@pytest.mark.parametrize("samples", [1, 6, 7, 16, 30])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 4, 5, 64])
+def test_the_global_batch_is_kept(samples: int, workers: int, micro: int) -> None:
+    now = Batch(micro, 1)
+    if samples % workers:
+        with pytest.raises(Refused):
+            fitted(samples, workers, now, accumulates=True)
+        return
+    batch = fitted(samples, workers, now, accumulates=True)
+    assert batch.micro * batch.accumulation * workers == samples
+    assert batch.micro <= micro
+    assert fitted(samples, workers, now, accumulates=False) == Batch(samples // workers, 1)
+
+
+def test_a_trials_recipe_is_the_points_with_a_place_of_its_own() -> None:
+    recipe = trial_recipe({**BASE, "finetuning_type": "lora", "overwrite_output_dir": True}, "trial_1", "/store")
+    assert (recipe.run_name, recipe.ray.ray_storage_path, recipe.run.save_total_limit) == ("trial_1", "/store", 1)
+    assert not recipe.run.overwrite_output_dir
+
+
+def test_trials_of_several_sizes_side_by_side() -> None:
+    assert fit([TWO, ONE, ONE], machines(4))
+    assert not fit([TWO, TWO, ONE], machines(4))
+    assert fit([TWO, TWO], machines(1, 1, 2))
+    assert not fit([Size(1, {"CPU": 2.0})], machines(1, 1))  # a worker is whole on one machine
+    assert (most_at_once(TWO, machines(5)), most_at_once(ONE, machines(2, 2))) == (2, 4)
+    assert most_at_once(Size(1, {"GPU": 1.0, "CPU": 1.0}), machines(8)) == 0
