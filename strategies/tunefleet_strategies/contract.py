@@ -281,7 +281,7 @@ class Strategy(BaseModel, ABC):
     def search_space(self) -> dict[str, Domain]:
         """The domains that a search over this method draws from, by argument."""
 
-    def refuse_search(self, keys: frozenset[str]) -> None:  # noqa: B027 - most methods have nothing against it
+    def refuse_search(self, keys: frozenset[str]) -> None:
         """Refuse a search over these arguments, where it would search two things at once.
 
         Raises:

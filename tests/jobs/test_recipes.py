@@ -12,7 +12,7 @@ from tunefleet.artifacts.metrics import read_metrics
 from tunefleet.recipe.read import read_recipe
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
-RECIPES = sorted(path for path in JOBS.glob("*.yaml") if path.name != "runtime_env.yaml")
+RECIPES = sorted(path for path in JOBS.glob("*.yaml") if not path.name.startswith(("runtime_env", "search_")))
 PROMISED = {
     "pretrain": "full",
     "full_sft": "full",

@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial as RayTrial
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import BrokenOff, Refused, RunFailed
 from tunefleet.launch.cluster import TRIAL_DRIVER, cluster_address, joined_shape, local_shape, search_session
-from tunefleet.launch.home import refuse_foreign_output, refuse_unwritable
+from tunefleet.launch.home import refuse_foreign_output, refuse_unusable, refuse_unwritable
 from tunefleet.launch.runs import claimed
 from tunefleet.launch.signals import StopWish, stop_wishes
 from tunefleet.models import check_weights
@@ -95,6 +95,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
         with display.preparing() as stages:
             plans = shop.survey(stages)
         check_weights(common.model)
+        refuse_unusable(place(common.ray.ray_storage_path, base=root), "ray_storage_path")
         refuse_foreign_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
         refuse_unwritable(output_dir, "output_dir")
         stack.enter_context(claimed(RunFolder(folder)))
@@ -137,6 +138,11 @@ def _open_book(search: SearchRecipe, common: Recipe, folder: Place) -> Book:
         Refused: it is finished, or another search has this name.
     """
     run = common.run
+    if isinstance(run.resume_from_checkpoint, str):
+        raise Refused(
+            "resume_from_checkpoint names a checkpoint, and the trials of a search begin at the base model: leave the "
+            "key out; the same command goes on with a search."
+        )
     if run.resume_from_checkpoint is False:
         _clear(folder)
     if RunFolder(folder).record.exists():

@@ -1,0 +1,23 @@
+"""The script that a Ray job runs for a search; the same as `tunefleet tune`, from a checkout that nobody installed.
+
+ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/tune.py jobs/search_methods.yaml [key=value ...]
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "platform"))
+sys.path.insert(0, str(ROOT / "strategies"))
+
+try:
+    from tunefleet.cli import main  # found by the two lines above
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"{sys.executable} has no package {error.name}: start Ray from an environment with tunefleet's dependencies "
+        "(make install), or put them into the cluster's image."
+    )
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "tune")
+    main()
