@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import ray
 from ray.util import placement_group_table
 from tests.worker.under_ray import World
 
@@ -98,6 +99,15 @@ def worker_groups() -> list[list[dict[str, float]]]:
     groups = (group for group in placement_group_table().values() if group["state"] in ("CREATED", "PENDING"))
     bundles = (list(group["bundles"].values()) for group in groups)
     return [held for held in bundles if any("CPU" in bundle for bundle in held)]
+
+
+def all_given_back(world: World) -> bool:
+    """Whether Ray, asked after a search, has no placement group for workers any more."""
+    ray.init(address=world.address, log_to_driver=False)
+    try:
+        return until(lambda: not worker_groups(), 10)
+    finally:
+        ray.shutdown()
 
 
 def until(condition: Callable[[], bool], seconds: float) -> bool:

@@ -17,6 +17,7 @@ import ray
 from pydantic import JsonValue
 from ray import tune as ray_tune
 from ray.exceptions import RayError
+from ray.tune import TuneError
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Trial as RayTrial
 
@@ -113,6 +114,8 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
             raise BrokenOff("Broken off: the same command goes on from the trials' newest checkpoints.") from error
         except RayError as error:
             raise RunFailed("Ray ended during the search: the same command goes on from what it left.") from error
+        except TuneError as error:
+            raise RunFailed(f"Ray Tune broke off ({error}): the same command goes on from what it left.") from error
     if ending:
         return SearchOutcome(book, search.tune, folder, output_dir, ending)
     leave(shop, book, output_dir, plot=common.run.plot_loss)
