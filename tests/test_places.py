@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.contract.variants import SHARED, VARIANTS
+from tests.contract.variants import FSDP2, SHARED, VARIANTS
 
 from tunefleet.places import SITES, Cell, Line, matrix, matrix_markdown, refusal
 from tunefleet_strategies.badam import BAdam
@@ -46,9 +46,9 @@ def test_forms_differ_in_their_traits() -> None:
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.method} {line.form}".strip())
 def test_every_yes_is_run_by_a_test(line: Line) -> None:
-    """The contract test runs the variants: all of them on one worker, SHARED on two."""
+    """The contract tests run the variants: all of them on one worker, SHARED on two, FSDP2 on two that share out."""
     said = {cell.place for cell in line.cells if cell.refusal is None}
-    assert said <= {"1 worker", "data parallel"}
+    assert said <= {"1 worker", "data parallel", "FSDP2"}
     if (line.method, line.form) in RUN_ELSEWHERE:
         assert said == {"1 worker"}
         return
@@ -57,6 +57,7 @@ def test_every_yes_is_run_by_a_test(line: Line) -> None:
     alike = {name for name, variant in VARIANTS.items() if (variant.name, variant.traits()) == key(strategy)}
     assert alike
     assert ("data parallel" in said) == bool(alike & {name for name, _ in SHARED})
+    assert ("FSDP2" in said) == bool(alike & {name for name, _ in FSDP2})
 
 
 def key(strategy: Strategy) -> tuple[str, object]:
@@ -70,7 +71,7 @@ def test_the_documented_restrictions_hold() -> None:
     assert layerwise["data parallel"].refusal == "galore with galore_layerwise: true runs on one worker"
     layer = cells(BAdam())
     assert layer["data parallel"].refusal is None
-    assert layer["ZeRO-2"].refusal == "badam is sharded by ZeRO-3 only"
+    assert layer["ZeRO-2"].refusal == "badam is sharded by FSDP2 and ZeRO-3 only"
     assert layer["ZeRO-3"].allowed
     assert cells(GaLore())["ZeRO-3"].refusal == "galore does not run where weights or optimizer state are sharded"
     assert all(cell.allowed for cell in cells(Full()).values())

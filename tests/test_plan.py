@@ -241,7 +241,11 @@ def test_parts_of_a_cpu_are_counted_without_rounding_down() -> None:
         ({"resources_per_worker": {"CPU": 9}}, ["9 CPU", "make resources_per_worker smaller"]),
         ({"ray_num_workers": [1, 3]}, ["ray_num_workers: [1, 3]", "write ray_num_workers: 3"]),
         ({"deepspeed": "ds.json"}, ["deepspeed", "leave the key out"]),
-        ({"sharding": "fsdp2"}, ["FSDP2", "sharding is fsdp2", "write sharding: none"]),
+        (
+            {"sharding": "fsdp2", "finetuning_type": "lora", "pissa_init": True},
+            ["sharded by ZeRO-0", "sharding is fsdp2", "write sharding: none"],
+        ),
+        ({"sharding": "fsdp2", "fp16": True}, ["fp16", "sharding is fsdp2", "bf16: true"]),
         ({"fp16": True}, ["fp16", "CPU", "bf16: true"]),
     ],
 )

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
@@ -110,6 +119,35 @@ def meta_model(settings: ModelSettings) -> PreTrainedModel:
         )
     model.tie_weights()
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def empty_model(settings: ModelSettings, dtype: Callable[[torch.dtype | None], torch.dtype]) -> PreTrainedModel:
+    """What `load_model` returns but for its weights: parameters on the meta device, buffers as they are computed.
+
+    Args:
+        dtype: the number format of the weights, given the one that the configuration names.
+
+    Raises:
+        Refused: as `load_model`.
+    """
+    trust, attention = settings.trust_remote_code, _ATTENTION[settings.flash_attn]
+    config = _from(settings, "model", lambda name: AutoConfig.from_pretrained(name, trust_remote_code=trust))
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with init_empty_weights(include_buffers=False):
+        model = _from(
+            settings,
+            "model",
+            lambda _: cast(Any, AutoModelForCausalLM).from_config(
+                config, dtype=dtype(config.dtype), trust_remote_code=trust, **chosen
+            ),
+        )
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()
+    if model.can_generate():
+        with suppress(OSError):  # most models on the hub bring one, others take it from their configuration
+            model.generation_config = GenerationConfig.from_pretrained(str(model.name_or_path))
+    model.eval()
     return model
 
 

@@ -161,7 +161,7 @@ def make_plan(
         ),
         batch=batch,
         cadence=_cadence_plan(recipe, batch),
-        model=_model_plan(recipe, model, precision),
+        model=_model_plan(recipe, model, precision, workers.count if sharding == "fsdp2" else 1),
         data=_data_plan(data),
         place=PlacePlan(
             run_name=recipe.run_name,
@@ -232,6 +232,11 @@ def _sharding(recipe: Recipe, traits: Traits) -> Sharding | None:
     why = why_not_sharded(recipe.method, training.sharding)
     if why is not None:
         raise Refused(f"{why}, but sharding is {training.sharding}: write sharding: none {mend}.")
+    if training.fp16:
+        raise Refused(
+            f"fp16 needs a loss scaler, which is not shared out, but sharding is {training.sharding}: write bf16: true "
+            f"instead of fp16: true."
+        )
     return training.sharding
 
 
@@ -334,15 +339,16 @@ def _cadence_plan(recipe: Recipe, batch: BatchPlan) -> CadencePlan:
     )
 
 
-def _model_plan(recipe: Recipe, model: ModelShape, precision: Precision) -> ModelPlan:
+def _model_plan(recipe: Recipe, model: ModelShape, precision: Precision, parts: int) -> ModelPlan:
+    """Figures of a worker, which holds one of so many parts of everything."""
     footprint = recipe.method.footprint(model, precision)
     return ModelPlan(
         architecture=model.architecture,
         parameters=model.total,
         trainable_parameters=model.trainable,
-        weight_bytes=footprint.weights,
-        gradient_bytes=footprint.gradients,
-        optimizer_bytes=0 if recipe.training.optim == "sgd" else footprint.optimizer_state,
+        weight_bytes=math.ceil(footprint.weights / parts),
+        gradient_bytes=math.ceil(footprint.gradients / parts),
+        optimizer_bytes=0 if recipe.training.optim == "sgd" else math.ceil(footprint.optimizer_state / parts),
     )
 
 

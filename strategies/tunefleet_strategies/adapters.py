@@ -6,7 +6,7 @@ Legend: m rows (outputs), n columns (inputs), r rank; A is (r x n), B is (m x r)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefleet_strategies import pissa
 from tunefleet_strategies.contract import AttachContext, StrategyError
+from tunefleet_strategies.parts import Tied
 from tunefleet_strategies.placement import Placement, placement
-from tunefleet_strategies.targets import is_linear, matching
+from tunefleet_strategies.targets import anatomy, is_linear, matching
 from tunefleet_strategies.weights import hold
 
 if TYPE_CHECKING:
@@ -169,6 +171,7 @@ def new_adapter(settings: Lora, model: PreTrainedModel) -> PeftModel:
 
 
 def _adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    tied = anatomy(model).tied if config.ensure_weight_tying else None
     try:
         adapted = get_peft_model(
             model,
@@ -183,7 +186,18 @@ def _adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         ) from problem
     if not isinstance(adapted, PeftModel):
         raise StrategyError("PEFT made a mixed model out of a LoRA configuration; pass a plain transformers model")
+    if tied is not None:
+        _tie_copies(adapted, tied)
     return adapted
+
+
+def _tie_copies(model: PeftModel, tied: Tied) -> None:
+    """Let the copies of tied modules that train share their matrix too; on meta tensors PEFT parts them."""
+    wrappers = dict(tuner_modules(model))
+    embedding, head = wrappers[tied.embedding], wrappers[tied.head]
+    if isinstance(embedding, ModulesToSaveWrapper) and isinstance(head, ModulesToSaveWrapper):
+        shared = embedding.modules_to_save[ADAPTER].get_parameter("weight")
+        head.modules_to_save[ADAPTER].register_parameter("weight", shared)
 
 
 def _config(settings: Lora, model: PreTrainedModel, place: Placement) -> LoraConfig:
@@ -264,6 +278,37 @@ def base_modules(model: PeftModel) -> list[tuple[str, nn.Module]]:
 def adapter_layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
     """The layers that carry factors, by their paths in the base model."""
     return [(path, module) for path, module in tuner_modules(model) if isinstance(module, LoraLayer)]
+
+
+def bare_name(name: str) -> str:
+    """What a parameter of an adapted model is called in the base, if it is one of the base's or a copy of one."""
+    for wrapping in ("base_model.model.", "base_layer.", "original_module.", f"modules_to_save.{ADAPTER}."):
+        name = name.replace(wrapping, "")
+    return name
+
+
+@torch.no_grad()
+def measure_magnitudes(model: PeftModel, weight: Callable[[str], Tensor]) -> None:
+    """Compute DoRA's magnitudes where the base weights were nan, one base weight at a time.
+
+    Args:
+        weight: reads one weight of the base whole, by its name there.
+    """
+    for path, layer in adapter_layers(model):
+        if ADAPTER not in layer.lora_magnitude_vector:
+            continue
+        magnitude = layer.lora_magnitude_vector[ADAPTER]
+        assert isinstance(magnitude, DoraLinearLayer)
+        if not torch.isnan(magnitude.weight).any():  # a loaded adapter brings its own
+            continue
+        held = layer.get_base_layer().get_parameter("weight")
+        absent, held.data = held.data, weight(f"{path}.weight").to(held.dtype)
+        if ADAPTER in layer.lora_A:
+            a, b = layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
+        else:
+            a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+        magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=layer.scaling[ADAPTER])
+        held.data = absent
 
 
 def adapter_config(model: PeftModel) -> LoraConfig:

@@ -7,7 +7,7 @@ loop can load a model, call `attach`, build the optimizer and train.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -258,6 +258,17 @@ class Strategy(BaseModel, ABC):
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Tensors of the freshly attached model that later steps need unchanged (PiSSA's A0 and B0)."""
         return {}
+
+    def base_name(self, name: str) -> str:
+        """What a parameter of the attached model is called in the base, if it is one of the base's or a copy of one."""
+        return name
+
+    def complete(self, model: nn.Module, weight: Callable[[str], Tensor]) -> None:
+        """Compute the start values that depend on base weights, for a model that was attached while those were nan.
+
+        Args:
+            weight: reads one weight of the base whole, by its name there.
+        """
 
     def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """Sentences that a person should read before the run starts.

@@ -24,7 +24,7 @@ DoRA builds B A densely in each forward. Fused experts take plain LoRA without d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -165,6 +165,19 @@ class Lora(Strategy):
         from tunefleet_strategies.pissa import factors
 
         return {name: value.detach().clone() for name, value in factors(_adapted(model)).items()}
+
+    def base_name(self, name: str) -> str:
+        """The name without what PEFT puts around modules."""
+        from tunefleet_strategies.adapters import bare_name
+
+        return bare_name(name)
+
+    def complete(self, model: nn.Module, weight: Callable[[str], Tensor]) -> None:
+        """DoRA's magnitudes, the row lengths of the weights."""
+        from tunefleet_strategies.adapters import measure_magnitudes
+
+        if self.use_dora:
+            measure_magnitudes(_adapted(model), weight)
 
     def notices(self, model: nn.Module, updates: int | None = None, seed: int | None = None) -> list[str]:
         """The scale of rsLoRA, what is not adapted, and settings that a continued adapter overrules."""

@@ -52,3 +52,12 @@ SHARED = [
     if variant != "lora_dropout" and VARIANTS[variant].traits().max_workers is None
 ]
 """Cells that one and two workers must agree on, for the same reasons."""
+
+FSDP2 = [
+    (variant, architecture)
+    for variant, architecture in CELLS
+    if "fsdp2" in VARIANTS[variant].traits().shardings
+    and variant != "lora_dropout"
+    and (architecture == "llama" or variant in ("full", "lora", "dora", "badam_layer"))
+]
+"""Cells that FSDP2 must agree on with one plain worker."""

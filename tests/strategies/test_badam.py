@@ -122,7 +122,7 @@ def test_it_is_a_form_of_adamw(name: OptimizerName, build: Call, attach: Call) -
 
 def test_traits_by_mode() -> None:
     layer, ratio = BAdam().traits(), BAdam(badam_mode="ratio").traits()
-    assert (layer.max_workers, layer.shardings, layer.resumable) == (None, frozenset({"zero3"}), True)
+    assert (layer.max_workers, layer.shardings, layer.resumable) == (None, frozenset({"zero3", "fsdp2"}), True)
     assert (ratio.max_workers, ratio.shardings, ratio.resumable) == (1, frozenset(), True)
     assert ratio.limited_by == "badam_mode: ratio"
     for mode, accumulates in (("layer", True), ("ratio", False)):

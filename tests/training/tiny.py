@@ -25,6 +25,7 @@ from tunefleet.data.batches import Batch, BatchSchedule
 from tunefleet.data.tokens import Row
 from tunefleet.training.checkpoint import RunState, trained_names
 from tunefleet.training.determinism import seed_everything
+from tunefleet.training.engines.engine import Engine
 from tunefleet.training.engines.plain import PlainEngine
 from tunefleet.training.layout import choose_layout
 from tunefleet.training.loop import Feed, Step, train
@@ -109,7 +110,7 @@ class Run:
     """Everything that a worker would build, in its order."""
 
     model: nn.Module
-    engine: PlainEngine
+    engine: Engine
     feed: CountingFeed
     batches: BatchSchedule
     rate: LearningRate
@@ -119,7 +120,8 @@ class Run:
     precision: Precision
 
     def steps(self, first: int = 0, last: int | None = None) -> Iterator[Step]:
-        loss = objective(self.model, self.precision, one_backward=not self.strategy.traits().accumulation)
+        whole = not self.strategy.traits().accumulation
+        loss = objective(self.model, self.precision, one_backward=whole, lockstep=self.engine.lockstep)
         for step in train(self.engine, loss, self.feed, self.batches, self.rate, first=first):
             yield step
             if step.step == last:

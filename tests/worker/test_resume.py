@@ -19,6 +19,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 QUICK = [("full", 1), ("lora_dropout", 2), ("galore", 1), ("badam_ascending", 1)]
 SLOW = [
     ("full", 2),
+    ("full_fsdp2", 2),
+    ("lora_fsdp2", 2),
+    ("badam_fsdp2", 2),
     ("freeze", 1),
     ("freeze", 2),
     ("lora_dropout", 1),

@@ -44,6 +44,9 @@ METHODS: dict[str, dict[str, object]] = {
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "lora_dropout": {"finetuning_type": "lora", "lora_dropout": 0.2},
     "dora": {"finetuning_type": "lora", "use_dora": True},
+    "full_fsdp2": {"finetuning_type": "full", "sharding": "fsdp2"},
+    "lora_fsdp2": {"finetuning_type": "lora", "lora_dropout": 0.2, "sharding": "fsdp2"},
+    "badam_fsdp2": BADAM | {"pure_bf16": True, "bf16": None, "sharding": "fsdp2"},
     "pissa": {"finetuning_type": "lora", "pissa_init": True, "lora_dropout": 0.1},
     "galore": GALORE,
     "galore_layerwise": GALORE

@@ -6,6 +6,8 @@
     initial.safetensors    what the strategy needs from the start of the run (PiSSA's A0 and B0)
     state.json             progress, and the engine's own numbers (loss scale)
 
+An engine that shares weights and moments out writes a file for each rank instead (`engines/shards.py`).
+
 The learning rate and the data order are pure functions of the step and need no state. Files are written at update
 boundaries only, and read with `weights_only=True` only.
 """

@@ -30,7 +30,6 @@ class Applied:
 class Engine(Protocol):
     """What the loop needs of whoever owns the optimizer."""
 
-    model: nn.Module
     optimizer: Optimizer
     rank: int
     world: int
@@ -39,6 +38,10 @@ class Engine(Protocol):
     lockstep: bool
     """Whether a forward or backward pass is collective: every rank then makes equally many, blank ones where its share
     of the samples is smaller, and each gradient is whole when its backward pass ends."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, its parameters as they are between two passes."""
 
     def start(self) -> None:
         """Make every rank's weights and buffers those of rank 0."""

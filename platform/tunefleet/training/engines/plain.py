@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from tunefleet.errors import RunFailed
 from tunefleet.training.engines.engine import Applied
+from tunefleet.training.engines.ranks import Ranks
 from tunefleet.training.files import digest, load_pickle, load_tensors, save_tensors
 from tunefleet_strategies.contract import MethodOptimizer, Precision
 
@@ -25,7 +26,7 @@ _SMALLEST_SCALE = 1.0
 """Below this loss scale fp16 gradients are not overflowing, they are broken."""
 
 
-class PlainEngine:
+class PlainEngine(Ranks):
     """One device, or data parallel over the ranks of `torch.distributed`, without a wrapper around the model.
 
     No DDP: what trains may change during a run, and DDP would silently stop reducing it.
@@ -38,29 +39,18 @@ class PlainEngine:
         Args:
             max_grad_norm: largest norm of the global gradient; 0 switches clipping off.
         """
+        super().__init__(next(model.parameters()).device)
         self.model = model
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world = dist.get_world_size() if distributed else 1
-        self.bytes_sent = 0
-        self._device = next(model.parameters()).device
         self._scaler: torch.amp.GradScaler | None = None
         if precision.compute == torch.float16:
             self._scaler = torch.amp.GradScaler(self._device.type)
 
     def start(self) -> None:
         """Broadcast parameters and buffers from rank 0, as bytes, so that every dtype arrives unchanged."""
-        if self.world == 1:
-            return
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            data = tensor.detach().contiguous()
-            flat = data.reshape(-1).view(torch.uint8)
-            dist.broadcast(flat, src=0)
-            self.bytes_sent += flat.numel()
-            if data.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(data)
+            self._share(tensor)
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
@@ -92,10 +82,7 @@ class PlainEngine:
     def _apply(self, parameters: list[nn.Parameter], grad_norm: float, targets: int, step: int) -> bool:
         finite = grad_norm < float("inf")  # false for nan too
         if not finite and (self._scaler is None or self._scaler.get_scale() <= _SMALLEST_SCALE):
-            raise RunFailed(
-                f"The gradient of step {step} is not finite (norm {grad_norm}): lower learning_rate, or look at the "
-                "rows of that step."
-            )
+            raise RunFailed(not_finite(step, grad_norm))
         if targets == 0:
             return False
         if finite and 0 < self.max_grad_norm < grad_norm:
@@ -129,22 +116,6 @@ class PlainEngine:
     def measurements(self) -> dict[str, float]:
         return self.optimizer.measurements() if isinstance(self.optimizer, MethodOptimizer) else {}
 
-    def total(self, values: Tensor) -> Tensor:
-        values = values.to(self._device)
-        if self.world > 1:
-            dist.all_reduce(values)
-            self.bytes_sent += values.numel() * values.element_size()
-        return values.cpu()
-
-    def gather(self, data: Tensor) -> list[Tensor]:
-        if self.world == 1:
-            return [data]
-        data = data.to(self._device)
-        gathered = [torch.empty_like(data) for _ in range(self.world)]
-        dist.all_gather(gathered, data)
-        self.bytes_sent += data.numel() * data.element_size()
-        return [piece.cpu() for piece in gathered]
-
     def state(self) -> dict[str, float | int]:
         return {} if self._scaler is None else dict(self._scaler.state_dict())
 
@@ -166,19 +137,7 @@ class PlainEngine:
             torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
 
     def load_optimizer(self, folder: Path) -> None:
-        """`load_state_dict`, then undo its cast: torch gives floating-point state the dtype of its parameter."""
-        saved = load_pickle(folder / OPTIMIZER)
-        self.optimizer.load_state_dict(saved)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.optimizer.state_dict()["state"].keys() != saved["state"].keys():
-            raise ValueError("the optimizer keeps state of other parameters")
-        for index, stored in saved["state"].items():
-            if not isinstance(index, int):  # an optimizer with its own layout restores it itself
-                continue
-            live = self.optimizer.state[parameters[index]]
-            for name, value in stored.items():
-                if isinstance(value, Tensor) and live[name].dtype != value.dtype:
-                    live[name] = value.to(live[name].device)
+        load_keeping_dtypes(self.optimizer, load_pickle(folder / OPTIMIZER))
 
     def digests(self) -> dict[str, str]:
         everything = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -190,6 +149,33 @@ class PlainEngine:
     def _weights(self, names: frozenset[str]) -> dict[str, Tensor]:
         trained = {name: p.detach() for name, p in self.model.named_parameters() if name in names}
         return trained | {f"buffer:{name}": b.detach() for name, b in self.model.named_buffers()}
+
+
+def not_finite(step: int, grad_norm: float) -> str:
+    """The sentence on a gradient that no update can be made of."""
+    return (
+        f"The gradient of step {step} is not finite (norm {grad_norm}): lower learning_rate, or look at the rows of "
+        "that step."
+    )
+
+
+def load_keeping_dtypes(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, then undo its cast: torch gives floating-point state the dtype of its parameter.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: it was saved by another optimizer.
+    """
+    optimizer.load_state_dict(saved)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer.state_dict()["state"].keys() != saved["state"].keys():
+        raise ValueError("the optimizer keeps state of other parameters")
+    for index, stored in saved["state"].items():
+        if not isinstance(index, int):  # an optimizer with its own layout restores it itself
+            continue
+        live = optimizer.state[parameters[index]]
+        for name, value in stored.items():
+            if isinstance(value, Tensor) and live[name].dtype != value.dtype:
+                live[name] = value.to(live[name].device)
 
 
 def put(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

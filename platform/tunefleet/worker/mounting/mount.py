@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from tunefleet.plan import Plan
+from tunefleet.worker.mounting.fsdp import mount_fsdp
 from tunefleet.worker.mounting.mounted import Mounted
 from tunefleet.worker.mounting.plain import mount_plain
 from tunefleet.worker.seat import Seat
@@ -14,7 +15,7 @@ from tunefleet_strategies.contract import Sharding
 
 Mount = Callable[[Plan, Seat, Mapping[str, Tensor] | None], Mounted]
 
-MOUNTS: Mapping[Sharding | None, Mount] = {None: mount_plain}
+MOUNTS: Mapping[Sharding | None, Mount] = {None: mount_plain, "fsdp2": mount_fsdp}
 
 
 def mount(plan: Plan, seat: Seat, initial: Mapping[str, Tensor] | None) -> Mounted:

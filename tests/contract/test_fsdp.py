@@ -1,0 +1,222 @@
+"""Under FSDP2 two workers do what one plain worker does, each with half of the model, and go on where they stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from tests.contract.sharded import local_bytes, start_sharded
+from tests.contract.sharded_pair import (
+    BF16_QUICK,
+    BF16_SLOW,
+    PRECISIONS,
+    QUICK,
+    SAVED,
+    SLOW,
+    UPDATES,
+    arguments,
+)
+from tests.contract.variants import FSDP2, VARIANTS
+from tests.training.tiny import ARCHITECTURES, FP32, VOCABULARY, MemoryRows, Run, build, start
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tunefleet.models import causal_lm
+from tunefleet.training.checkpoint import load
+from tunefleet.training.loop import evaluate
+from tunefleet.training.loss import objective
+from tunefleet_strategies.contract import Precision
+from tunefleet_strategies.full import Full
+
+pytestmark = pytest.mark.timeout(700)  # the first test of a group waits for all of its cells
+ROOT = Path(__file__).resolve().parents[2]
+Seen = Callable[[Any], list[dict[str, Any]]]
+
+CELLS = [pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow) for cell in FSDP2]
+BF16_CELLS = [
+    pytest.param(*cell, marks=() if cell in BF16_QUICK else pytest.mark.slow) for cell in (*BF16_QUICK, *BF16_SLOW)
+]
+
+
+def _pair(folder: Path, share: str) -> list[dict[Any, Any]]:
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    module = "tests.contract.sharded_pair"
+    commands = [[sys.executable, "-m", module, str(rank), str(folder), share] for rank in (0, 1)]
+    processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        errors = [process.communicate(timeout=600)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)[-6000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {share: tmp_path_factory.mktemp(share) for share in ("quick", "slow")}
+
+
+@pytest.fixture(scope="module")
+def seen(folders: dict[str, Path]) -> Seen:
+    """What both ranks of a group saw of a cell. There is one group for the quick cells, and one for the slow ones."""
+    pairs: dict[str, list[dict[Any, Any]]] = {}
+
+    def of(cell: Any) -> list[dict[str, Any]]:
+        share = "slow" if cell in SLOW or cell in BF16_SLOW else "quick"
+        if share not in pairs:
+            pairs[share] = _pair(folders[share], share)
+        return [rank[cell] for rank in pairs[share]]
+
+    return of
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def plain(variant: str, architecture: str, precision: Precision = FP32, **more: Any) -> tuple[Run, list[Any]]:
+    """The same on one plain worker; and the bytes of its optimizer's state after each step."""
+    given = {**arguments(variant, architecture), **more}
+    run = start(VARIANTS[variant], architecture, precision=precision, **given)
+    return run, [(step, moment_bytes(run)) for step in run.steps()]
+
+
+def moment_bytes(run: Run) -> int:
+    states = run.engine.optimizer.state.values()
+    return local_bytes(t for state in states for name, t in state.items() if name != "step")
+
+
+def distance(moved: torch.Tensor, run: Run) -> float:
+    expected = run.moved()
+    return float((moved - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("variant", "architecture"), CELLS)
+def test_two_sharded_workers_equal_one_plain_worker(
+    seen: Seen, folders: dict[str, Path], variant: str, architecture: str
+) -> None:
+    run, steps = plain(variant, architecture)
+    first, second = seen((variant, architecture))
+    for name, value in first["began"].items():
+        assert torch.equal(value, run.started[name]), name
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx([step.loss for step, _ in steps], abs=1e-5)
+    assert first["norms"] == pytest.approx([step.grad_norm for step, _ in steps], rel=1e-4)
+    assert max(first["norms"]) > 0.5, "clipping was never needed, so it was not tested"
+    assert 0.0 < distance(first["moved"], run) <= 1e-4
+    assert first["tokens"] + second["tokens"] == sum(run.feed.seen)
+    assert first["tokens"] / sum(run.feed.seen) == pytest.approx(0.5, abs=0.15)
+    assert first["bytes"] > 0
+    # Each worker has half of everything, whatever trains at the time.
+    whole = local_bytes(p.detach() for p in run.model.parameters())
+    for rank in (first, second):
+        assert rank["parameters"] <= 0.6 * whole
+        assert all(mine <= 0.6 * all_of_it for mine, (_, all_of_it) in zip(rank["moments"], steps, strict=True))
+    export = folders["slow" if (variant, architecture) in SLOW else "quick"] / f"{variant}-{architecture}-export"
+    same_logits(export, run, architecture)
+
+
+def same_logits(export: Path, run: Run, architecture: str) -> None:
+    """The export, loaded as users load it, against the model that one plain worker has trained."""
+    rebuilt: nn.Module
+    if run.strategy.traits().trains_base:
+        rebuilt = AutoModelForCausalLM.from_pretrained(export)
+    else:
+        rebuilt = PeftModel.from_pretrained(build(ARCHITECTURES[architecture]), export)
+    ids = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(1))
+    causal_lm(run.model).set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected, got = run.model.eval()(input_ids=ids).logits, rebuilt.eval()(input_ids=ids).logits
+    assert float((got - expected).abs().max()) <= 1e-4 * float(expected.max() - expected.min())
+
+
+@pytest.mark.parametrize(("variant", "architecture"), CELLS)
+def test_a_run_goes_on_bit_for_bit(seen: Seen, variant: str, architecture: str) -> None:
+    first, second = seen((variant, architecture))
+    for rank in (first, second):
+        assert rank["again"] == list(zip(rank["losses"], rank["hashes"], strict=True))[SAVED:]
+        assert len({prints["weights"] for prints in rank["hashes"]}) == UPDATES
+    assert first["hashes"] == second["hashes"]
+
+
+@pytest.mark.parametrize(("variant", "name"), BF16_CELLS)
+def test_bf16_rounds_elsewhere_and_no_more(seen: Seen, variant: str, name: str) -> None:
+    """Layers are gathered in bf16, so their norms' weights are rounded too; a plain worker keeps these in fp32."""
+    run, steps = plain(variant, "llama", PRECISIONS[name])
+    first, _ = seen((variant, name))
+    assert first["losses"] == pytest.approx([step.loss for step, _ in steps], abs=1e-2)
+    assert first["norms"] == pytest.approx([step.grad_norm for step, _ in steps], rel=2e-2)
+    assert 0.0 < distance(first["moved"], run) <= 0.1
+    for rank in seen((variant, name)):
+        assert rank["again"] == list(zip(rank["losses"], rank["hashes"], strict=True))[SAVED:]
+        assert all(mine <= 0.6 * all_of_it for mine, (_, all_of_it) in zip(rank["moments"], steps, strict=True))
+
+
+def test_activations_computed_again_change_nothing(seen: Seen) -> None:
+    (checkpointed, _), (kept, _) = seen("checkpointed"), seen(("lora", "llama"))
+    assert checkpointed["losses"] == pytest.approx(kept["losses"], abs=1e-6)
+    assert torch.allclose(checkpointed["moved"], kept["moved"], atol=1e-6)
+    assert checkpointed["bytes"] >= kept["bytes"]
+
+
+def test_a_rank_without_samples_passes_blanks_through(seen: Seen) -> None:
+    run, steps = plain("full", "gpt2", global_batch=1)
+    first, second = seen("one row")
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx([step.loss for step, _ in steps], abs=1e-5)
+    assert distance(first["moved"], run) <= 1e-4
+
+
+def test_no_more_than_a_share_is_in_memory_while_loading(seen: Seen) -> None:
+    whole = local_bytes(p.detach() for p in build(ARCHITECTURES["llama"]).parameters())
+    for rank in seen("loading"):
+        assert 0.4 * whole <= rank["kept"] <= rank["most"] <= 0.6 * whole
+
+
+def test_ranks_agree_on_what_one_of_them_knows(seen: Seen) -> None:
+    run = start(Full(), "llama", rows=MemoryRows(count=7))
+    loss = evaluate(run.engine, objective(run.model, FP32), run.feed)
+    for rank in seen("agreed"):
+        assert rank["evaluated"] == pytest.approx(loss, abs=1e-5)
+        assert rank["stopped"] == [(1, True)]
+        assert "The gradient of step 9 is not finite" in rank["failed"]
+        assert rank["unmoved"]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("variant", "architecture"), [("full", "llama"), ("badam_layer", "qwen2_tied")])
+def test_one_worker_goes_on_from_the_files_of_two(
+    seen: Seen, folders: dict[str, Path], variant: str, architecture: str
+) -> None:
+    first, _ = seen((variant, architecture))
+    given = arguments(variant, architecture)
+    run = start_sharded(VARIANTS[variant], folders["quick"] / "models" / architecture, **given)
+    notices = load(folders["quick"] / f"{variant}-{architecture}", run.state).notices
+    assert "written by 2 workers and 1 continue" in notices[0]
+    assert torch.equal(run.moved(), first["saved"])
+    losses = [step.loss for step in run.steps(first=SAVED)]
+    assert losses == pytest.approx(first["losses"][SAVED:], abs=1e-5)
+    assert float((run.moved() - first["moved"]).norm() / first["moved"].norm()) <= 1e-4
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_group_of_one_equals_the_plain_engine(tmp_path: Path) -> None:
+    build(ARCHITECTURES["llama"]).save_pretrained(tmp_path / "llama")
+    run = start_sharded(VARIANTS["full"], tmp_path / "llama", **arguments("full", "llama"))
+    losses = [step.loss for step in run.steps()]
+    one, steps = plain("full", "llama")
+    assert losses == pytest.approx([step.loss for step, _ in steps], abs=1e-5)
+    assert distance(run.moved(), one) <= 1e-4
