@@ -585,3 +585,46 @@ def test_another_processor_or_method_changes_the_numbers() -> None:
 def test_differences_name_keys_of_either_side(order: Callable[[object, object], tuple]) -> None:
     one, two = order({"a": 1, "b": 2}, {"a": 1})
     assert [line.partition(":")[0] for line in differences(one, two)] == ["b"]
+
+
+# ---- a cluster that others run ---------------------------------------------------------------------------------------
+
+TWO_NODES = ClusterShape((NodeShape(0), NodeShape(2), NodeShape(2)), cpu=PLAIN)
+WORKERS: dict[str, Any] = {"resources_per_worker": {"CPU": 1}}
+
+
+@pytest.mark.parametrize(("strategy", "holds"), [("PACK", 4), ("SPREAD", 4), ("STRICT_PACK", 2), ("STRICT_SPREAD", 2)])
+def test_how_workers_are_laid_out_decides_how_many_fit(strategy: str, holds: int) -> None:
+    keys = WORKERS | {"placement_strategy": strategy}
+    planned(TWO_NODES, ray_num_workers=holds, **keys)
+    said = refusal(recipe(ray_num_workers=holds + 1, **keys), TWO_NODES)
+    assert f"at most ray_num_workers: {holds} does" in said
+    assert ("placement_strategy" in said) == strategy.startswith("STRICT")
+
+
+def test_a_typo_in_the_placement_strategy_is_refused() -> None:
+    with pytest.raises(Refused, match="did you mean placement_strategy: STRICT_SPREAD"):
+        recipe(placement_strategy="STRICT_SPRAED")
+
+
+def test_a_cluster_whose_nodes_may_come_later_is_waited_for() -> None:
+    growing = replace(TWO_NODES, may_grow=True)
+    assert not any("waits" in notice for notice in planned(growing, ray_num_workers=4, **WORKERS).notices)
+    made = planned(growing, ray_num_workers=8, ray_start_timeout=77, **WORKERS)
+    assert made.workers.count == 8
+    (told,) = [notice for notice in made.notices if "waits" in notice]
+    assert "4 CPU" in told
+    assert "ray_start_timeout: 77" in told
+
+
+def test_a_gpu_that_cannot_be_asked_is_not_guessed_about() -> None:
+    growing = replace(TWO_NODES, may_grow=True)
+    assert "write bf16: true or bf16: false" in refusal(recipe(resources_per_worker={"GPU": 1}), growing)
+    assert planned(growing, resources_per_worker={"GPU": 1}, bf16=True).precision.compute == "bfloat16"
+    assert planned(growing, resources_per_worker={"GPU": 1}, bf16=False).precision.compute == "float32"
+
+
+def test_two_workers_never_share_a_gpu() -> None:
+    halves: dict[str, Any] = {"resources_per_worker": {"GPU": 0.5}}
+    assert "NCCL" in refusal(recipe(ray_num_workers=2, **halves), GPU_NODE)
+    assert planned(GPU_NODE, ray_num_workers=1, **halves).workers.resources == {"GPU": 0.5}

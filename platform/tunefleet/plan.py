@@ -7,13 +7,14 @@ run is refused here, in one sentence that names the keys that clash and the near
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
+from tunefleet.hardware import Hardware
 from tunefleet.places import too_many_workers, unsharded_only, why_not_sharded
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
@@ -148,7 +149,7 @@ def make_plan(
     workers = _worker_plan(recipe, traits, cluster)
     sharding = _sharding(recipe, traits)
     _refuse(recipe, traits, workers)
-    precision, precision_notices = resolve(recipe.training, cluster.hardware(workers.device))
+    precision, precision_notices = resolve(recipe.training, _hardware(recipe, workers, cluster))
     batch = _batch_plan(recipe, workers.count, data)
     return Plan(
         recipe=recipe,
@@ -176,6 +177,7 @@ def make_plan(
             *precision_notices,
             *_resume_notices(recipe, traits),
             *_clipping_notices(recipe, traits),
+            *_room_notices(recipe, workers, cluster),
             *_warmup_notices(batch),
         ),
     )
@@ -188,7 +190,20 @@ def planned_precision(recipe: Recipe, cluster: ClusterShape) -> Precision:
         Refused: as `make_plan`.
     """
     workers = _worker_plan(recipe, recipe.method.traits(), cluster)
-    return resolve(recipe.training, cluster.hardware(workers.device))[0]
+    return resolve(recipe.training, _hardware(recipe, workers, cluster))[0]
+
+
+def _hardware(recipe: Recipe, workers: WorkerPlan, cluster: ClusterShape) -> Hardware:
+    """What trains, as far as it can be known before the workers start."""
+    if workers.device == "cpu" or cluster.gpu is not None or not cluster.may_grow:
+        return cluster.hardware(workers.device)
+    training = recipe.training
+    if training.bf16 is None and not training.pure_bf16 and not training.fp16:
+        raise Refused(
+            "No GPU of the cluster can be asked now whether it computes in bf16, which decides the number format: "
+            "write bf16: true or bf16: false, or wait until one is up and free."
+        )
+    return Hardware("cuda", bf16=True)
 
 
 def _dtype_name(dtype: object) -> str:
@@ -273,21 +288,45 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
     if not any(amount > 0 for amount in request.values()):
         raise Refused("resources_per_worker asks for nothing: write {CPU: 1} or {GPU: 1}, or leave it out.")
-    room = cluster.fits(request)
-    if room < count:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
+    strategy = recipe.ray.placement_strategy
+    room = cluster.fits(request, strategy)
+    if room < count and not cluster.may_grow:
         raise Refused(
-            f"ray_num_workers: {count} with {wanted} for each worker does not fit on the cluster "
-            f"({cluster.cpus:g} CPU, {cluster.gpus:g} GPU): "
+            f"{_does_not_fit(count, request, strategy, cluster)}: "
             + (f"at most ray_num_workers: {room} does." if room else "make resources_per_worker smaller.")
+        )
+    gpus = request.get("GPU", 0.0)
+    if 0 < gpus < 1 and count > 1 and strategy != "STRICT_SPREAD":
+        raise Refused(
+            f"resources_per_worker gives each of ray_num_workers: {count} a share of a GPU ({gpus:g}), but NCCL does "
+            "not let two workers of a run have the same one: write {GPU: 1}, or ray_num_workers: 1."
         )
     return WorkerPlan(
         count=count,
         device="cuda" if request.get("GPU", 0) > 0 else "cpu",
         resources=request,
-        placement_strategy=recipe.ray.placement_strategy,
+        placement_strategy=strategy,
         threads=max(1, int(request.get("CPU", 1))),
     )
+
+
+def _does_not_fit(count: int, request: Mapping[str, float], strategy: str, cluster: ClusterShape) -> str:
+    wanted = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
+    laid_out = f" and placement_strategy: {strategy}" if strategy.startswith("STRICT") else ""
+    return (
+        f"ray_num_workers: {count} with {wanted} for each worker{laid_out} does not fit on the cluster "
+        f"({cluster.cpus:g} CPU, {cluster.gpus:g} GPU)"
+    )
+
+
+def _room_notices(recipe: Recipe, workers: WorkerPlan, cluster: ClusterShape) -> list[str]:
+    if cluster.fits(workers.resources, workers.placement_strategy) >= workers.count:
+        return []
+    sentence = _does_not_fit(workers.count, workers.resources, workers.placement_strategy, cluster)
+    return [
+        f"{sentence} as it is now: the run waits until nodes have joined, for at most ray_start_timeout: "
+        f"{recipe.ray.ray_start_timeout} s."
+    ]
 
 
 def _default_request(count: int, cluster: ClusterShape) -> dict[str, float]:

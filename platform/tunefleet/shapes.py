@@ -32,7 +32,9 @@ class ClusterShape:
     nodes: tuple[NodeShape, ...]
     cpu: Hardware
     gpu: Hardware | None = None
-    """None where no machine has one."""
+    """None where no machine has one, or none that could be asked."""
+    may_grow: bool = False
+    """Whether nodes may come and go: a cluster that others run, not this machine."""
 
     @property
     def cpus(self) -> float:
@@ -42,9 +44,14 @@ class ClusterShape:
     def gpus(self) -> float:
         return sum(node.gpus for node in self.nodes)
 
-    def fits(self, request: Mapping[str, float]) -> int:
-        """How many workers of this size the machines hold."""
-        return sum(node.fits(request) for node in self.nodes)
+    def fits(self, request: Mapping[str, float], placement_strategy: str = "PACK") -> int:
+        """How many workers of this size the machines hold when they are laid out so."""
+        held = [node.fits(request) for node in self.nodes]
+        if placement_strategy == "STRICT_PACK":
+            return max(held, default=0)
+        if placement_strategy == "STRICT_SPREAD":
+            return sum(room > 0 for room in held)
+        return sum(held)
 
     def hardware(self, device: Literal["cpu", "cuda"]) -> Hardware:
         """What trains where the workers get this device."""

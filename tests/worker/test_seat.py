@@ -12,7 +12,7 @@ from tunefleet.launch.cluster import local_shape
 from tunefleet.launch.draft import draft
 from tunefleet.plan import Plan
 from tunefleet.recipe.read import read_flat
-from tunefleet.worker.seat import Seat, check_seat
+from tunefleet.worker.seat import Seat, among_nodes, check_seat
 
 
 @pytest.fixture
@@ -45,3 +45,12 @@ def test_another_number_than_planned_is_a_failure(planned: Plan) -> None:
     layer = planned.model_copy(update={"recipe": read_flat(keys, written=())})
     with pytest.raises(RunFailed, match="Ray started 2 worker"):
         check_seat(layer, Seat(0, 2, torch.device("cpu")))
+
+
+def test_ranks_are_counted_within_their_node() -> None:
+    node_ids = ["b", "a", "b", "b", "a"]
+    seats = [
+        among_nodes(Seat(rank, 5, torch.device("cpu"), node_id=one), node_ids) for rank, one in enumerate(node_ids)
+    ]
+    assert [seat.local_rank for seat in seats] == [0, 0, 1, 2, 1]
+    assert [seat.node for seat in seats] == [0, 1, 0, 0, 1]

@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tunefleet
 import tunefleet_strategies
@@ -25,6 +27,9 @@ from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import ClusterShape, NodeShape
 
 _BUILT_IN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+
+_ASKING_SECONDS = 30.0
+"""How long a GPU that others may hold is asked what it can do."""
 
 _RAY_DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray looks at its workers every two seconds, which a short run feels
@@ -215,12 +220,20 @@ def local_shape(settings: RaySettings) -> ClusterShape:
 
 def joined_shape() -> ClusterShape:
     """The cluster that this process is connected to."""
-    nodes = tuple(_node_shape(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    cpu: Hardware = ray.get(ray.remote(num_cpus=0)(local_cpu).remote())
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    shapes = tuple(_node_shape(node["Resources"]) for node in alive)
+    # A head that gives no CPU to workers says nothing about those that will train.
+    working = [node for node, shape in zip(alive, shapes, strict=True) if shape.cpus > 0] or alive
+    there: Any = NodeAffinitySchedulingStrategy(working[0]["NodeID"], soft=True)
+    cpu: Hardware = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(local_cpu).remote())
     gpu: Hardware | None = None
-    if any(node.gpus > 0 for node in nodes):
-        gpu = ray.get(ray.remote(num_cpus=0, num_gpus=0.01)(local_gpu).remote())
-    return ClusterShape(nodes=nodes, cpu=cpu, gpu=gpu)
+    if any(shape.gpus > 0 for shape in shapes):
+        asked = ray.remote(num_cpus=0, num_gpus=0.01)(local_gpu).remote()
+        try:
+            gpu = ray.get(asked, timeout=_ASKING_SECONDS)
+        except GetTimeoutError:  # other jobs hold all of them
+            ray.cancel(asked, force=True)
+    return ClusterShape(nodes=shapes, cpu=cpu, gpu=gpu, may_grow=True)
 
 
 def _node_shape(resources: Mapping[str, float]) -> NodeShape:

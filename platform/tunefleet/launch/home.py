@@ -32,13 +32,12 @@ def refuse_unwritable(folder: Path, key: str) -> None:
 
 
 def refuse_unusable(storage: Place, key: str) -> None:
-    """See that a store can be written to and deleted from, now rather than at the first checkpoint.
+    """See that a store behind a URI can be written to and deleted from, now rather than at the first checkpoint.
 
     Raises:
         Refused: it cannot, named by the key of the recipe that led there.
     """
-    if storage.local_path is not None:
-        refuse_unwritable(storage.local_path, key)
+    if storage.local_path is not None:  # nothing is made on a disk before the recipe has been looked at
         return
     try:
         storage.try_out()

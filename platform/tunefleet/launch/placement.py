@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from typing import Any, cast
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
 from tunefleet.stores import for_ray
+from tunefleet.worker.events import Lost
+from tunefleet.worker.mailbox import pack
 
 
 def scaling(plan: Plan) -> ScalingConfig:
@@ -20,11 +24,22 @@ def scaling(plan: Plan) -> ScalingConfig:
     )
 
 
-def run_config(plan: Plan, storage: Place) -> RunConfig:
+class TellsOfLoss(UserCallback):
+    """Lives in Ray's controller and tells the driver when workers have failed."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._mailbox.push.remote(pack([Lost()]))
+
+
+def run_config(plan: Plan, storage: Place, mailbox: Any) -> RunConfig:
     """Ray keeps its own books in the run's folder; checkpoints are found again by ours (see `launch/runs.py`)."""
     return RunConfig(
         name=plan.place.run_name,
         storage_path=storage.path,
         storage_filesystem=for_ray(storage.filesystem),
+        callbacks=[cast(Any, TellsOfLoss(mailbox))],  # Ray declares the older of its two kinds
         failure_config=FailureConfig(max_failures=plan.recipe.ray.max_failures),
     )

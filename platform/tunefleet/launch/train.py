@@ -24,6 +24,7 @@ from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unus
 from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
+from tunefleet.launch.waiting import Waiting
 from tunefleet.models import check_weights
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import Recipe
@@ -132,20 +133,26 @@ class Running:
             function,
             train_loop_config=dict(config),
             scaling_config=scaling(plan),
-            run_config=run_config(plan, storage),
+            run_config=run_config(plan, storage, self._mailbox),
             torch_config=TorchConfig(timeout_s=plan.recipe.ray.ddp_timeout),
         )
+        self._waiting = Waiting(plan)
         self._fit = _Fit(trainer)
         self._fit.start()
 
     def goes_on(self, seconds: float = _POLL_SECONDS) -> bool:
-        """Wait for the run's end, but not longer than `seconds`. Returns whether it still goes on."""
+        """Wait for the run's end, but not longer than `seconds`. Returns whether it still goes on.
+
+        Raises:
+            RunFailed: the cluster has had no room for the workers for too long.
+        """
         self._fit.join(seconds)
+        self._waiting.look()
         return self._fit.is_alive()
 
     def events(self) -> list[Event]:
         """What the workers have told since the last time, oldest first."""
-        return collect(self._mailbox)
+        return self._waiting.heard(collect(self._mailbox))
 
     def stop(self) -> None:
         """Ask the workers to save a checkpoint at the next step and to end."""

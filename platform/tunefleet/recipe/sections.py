@@ -188,6 +188,11 @@ class RaySettings(Settings):
         None, min_length=1, description="An existing cluster; left out, the one that runs here or a local one."
     )
     ray_init_kwargs: InitArguments = Field({}, description="Further arguments of `ray.init`, as a mapping.")
+    ray_start_timeout: int = Field(
+        900,
+        ge=1,
+        description="Seconds that a run waits until the cluster has room for its workers, at the start and again.",
+    )
     max_failures: int = Field(3, ge=-1, description="How often a failed run is started again; -1 = without end.")
     ddp_timeout: int = Field(1800, ge=1, description="Seconds that a worker waits for the others.")
 

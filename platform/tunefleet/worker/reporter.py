@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -10,12 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import torch
+import torch.distributed as dist
+
 from tunefleet.artifacts.fingerprints import folder_fingerprint
 from tunefleet.artifacts.record import RECORD, Recorder, has_line, write_record, write_result
 from tunefleet.storage import Place
 from tunefleet.training.loop import Step
 from tunefleet.worker.build import OpenedData, Trainee
-from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
+from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped, Worker
 from tunefleet.worker.job import Job
 from tunefleet.worker.pacing import Figures, Pacing, columns
 from tunefleet.worker.seat import Seat
@@ -81,7 +85,8 @@ class Reporter:
             )
             self._write_record(data)
             self.notice(*start.notices, *trainee.notices, *self._recorder.notices)
-        self._sender.send(Started(self.step, trainee.batches.updates, self._seat.world))
+        workers = self._seat.from_all(lambda: _described(self._seat, data))
+        self._sender.send(Started(self.step, trainee.batches.updates, self._seat.world, tuple(workers)))
         return self
 
     def __enter__(self) -> Self:
@@ -181,3 +186,15 @@ class Reporter:
                 **{name: f"sha256:{digest}" for name, digest in data.prepared.files.items()},
             },
         )
+
+
+def _described(seat: Seat, data: OpenedData) -> Worker:
+    return Worker(
+        seat.rank,
+        int(os.environ.get("LOCAL_RANK", "0")),
+        seat.node_id,
+        seat.device.type,
+        dist.get_backend() if dist.is_initialized() else "none",
+        torch.get_num_threads(),
+        data.prepared.built,
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from tunefleet.errors import RunFailed
 from tunefleet.worker.build import Trainee, build, open_data
+from tunefleet.worker.events import Arrived
 from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, record_failure
 from tunefleet.worker.finish import finish
 from tunefleet.worker.job import Job, JobConfig, read_job
@@ -23,13 +24,15 @@ def run_worker(config: JobConfig) -> Ending:
     """Make one attempt at a run, on one rank. Ray Train starts the next attempt if this one raises."""
     job = read_job(config)
     seat = take_seat(job.plan)
+    sender = Sender(config["mailbox"], active=seat.leads)
+    sender.send(Arrived())
     try:
         past = seat.from_leader(lambda: failures(job.folder.record))
     except RunFailed as error:  # the storage, which no note can be left in either
         return {"failed": True, "why": str(error)}
     if hopeless(past):
         return {"failed": True}
-    reporter = Reporter(job, seat, Sender(config["mailbox"], active=seat.leads))
+    reporter = Reporter(job, seat, sender)
     try:
         return attempt(job, seat, reporter)
     except Exception as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,8 @@ class Seat:
     """The number among the ranks of this node."""
     node: int = 0
     """The number of this node among those of the run."""
+    node_id: str = ""
+    """Ray's name of this node."""
 
     @property
     def leads(self) -> bool:
@@ -102,13 +104,15 @@ class Seat:
 def take_seat(plan: Plan) -> Seat:
     """Prepare this process: folder, threads, deterministic kernels."""
     context = ray.train.get_context()
-    seat = Seat(
-        context.get_world_rank(),
-        context.get_world_size(),
-        ray.train.torch.get_device(),
-        context.get_local_rank(),
-        context.get_node_rank(),
-    )
+    node_id = ray.get_runtime_context().get_node_id()
+    alone = Seat(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), node_id=node_id)
+    node_ids = alone.from_all(lambda: node_id)
+    seat = among_nodes(alone, node_ids)
+    os.environ |= {
+        "LOCAL_RANK": str(seat.local_rank),
+        "LOCAL_WORLD_SIZE": str(node_ids.count(node_id)),
+        "NODE_RANK": str(seat.node),
+    }
     root = Path(plan.place.root)
     if root.is_dir():  # on another node the shipped working directory stands in for it
         os.chdir(root)
@@ -116,6 +120,18 @@ def take_seat(plan: Plan) -> Seat:
     if plan.recipe.training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = plan.recipe.training.tf32
     return seat
+
+
+def among_nodes(seat: Seat, node_ids: Sequence[str]) -> Seat:
+    """The seat with its numbers among nodes and within its own, in the order of the ranks.
+
+    Ray counts by address, and takes two of its nodes on one machine for one.
+
+    Args:
+        node_ids: Ray's name of each rank's node.
+    """
+    node = list(dict.fromkeys(node_ids)).index(seat.node_id)
+    return replace(seat, local_rank=node_ids[: seat.rank].count(seat.node_id), node=node)
 
 
 def check_seat(plan: Plan, seat: Seat) -> None:

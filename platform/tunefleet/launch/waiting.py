@@ -1,0 +1,80 @@
+"""How long a run waits until the cluster has room for its workers, and what is said of it.
+
+Ray itself waits for ever: it asks for the same places again and again, whether there will ever be such a node or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import ray
+
+from tunefleet.errors import RunFailed
+from tunefleet.plan import Plan
+from tunefleet.worker.events import Arrived, Event, Lost, Noticed
+
+_QUIET_SECONDS = 20.0
+"""A wait that is worth a word; processes take some seconds to start on a cluster that is free."""
+
+
+class Waiting:
+    """The clock of a run that has no workers."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._limit_seconds = float(plan.recipe.ray.ray_start_timeout)
+        self._since: float | None = time.monotonic()
+        self._said = False
+
+    def heard(self, events: Sequence[Event]) -> list[Event]:
+        """Take in what the workers told. Returns it, with a word on the wait if there is one to say."""
+        for event in events:
+            if isinstance(event, Arrived):
+                self._since = None
+            elif isinstance(event, Lost):
+                self._since, self._said = time.monotonic(), False
+        waited = self._waited()
+        if self._said or waited < min(_QUIET_SECONDS, self._limit_seconds / 2):
+            return list(events)
+        self._said = True
+        return [*events, Noticed(f"{self._situation()} The run waits for {self._limit_seconds:g} s in all.")]
+
+    def look(self) -> None:
+        """See how long it has been.
+
+        Raises:
+            RunFailed: too long.
+        """
+        if self._waited() < self._limit_seconds:
+            return
+        raise RunFailed(
+            f"{self._situation()} That has been so for ray_start_timeout: {self._limit_seconds:g} s: add nodes, make "
+            f"resources_per_worker or ray_num_workers smaller, or wait longer; the same command tries again."
+        )
+
+    def _waited(self) -> float:
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
+    def _situation(self) -> str:
+        """What is asked for, what is free, what there is."""
+        workers = self._plan.workers
+        one = ", ".join(f"{amount:g} {name}" for name, amount in workers.resources.items())
+        names = [name for name, amount in workers.resources.items() if amount > 0]
+        free, nodes = ray.available_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        have = {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
+        short = {name: workers.count * workers.resources[name] - free.get(name, 0.0) for name in names}
+        missing = {name: amount for name, amount in short.items() if amount > 1e-6}
+        if missing:
+            lack = f"missing are {_amounts(missing)}"
+        else:
+            lack = "no node or nodes have it in the shape that is asked for, or their processes do not start"
+        return (
+            f"The cluster has no room for the workers: asked for are {workers.count} x ({one}), "
+            f"{workers.placement_strategy}; free are {_amounts({name: free.get(name, 0.0) for name in names})}; "
+            f"{len(nodes)} nodes have {_amounts(have)}; {lack}."
+        )
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
