@@ -99,6 +99,14 @@ def test_a_grid_walks_every_point_once() -> None:
     assert found == [{"lora_rank": rank, "use_dora": dora} for rank, dora in itertools.product(ranks, doras)]
 
 
+def test_optuna_is_asked_only_for_what_has_a_meaning() -> None:
+    """Else it would learn from numbers that did nothing."""
+    source: Any = searcher("optuna", opened(MIXED[1:]))
+    asked(source, 20)
+    for trial in source.searcher._ot_study.get_trials(deepcopy=False):
+        assert ("0.badam_mask_mode" in trial.params) == (trial.params["0.badam_mode"] == 1)
+
+
 def test_optuna_learns() -> None:
     """Ranks that were told to be good are proposed far more often in the end."""
     space = opened([{"finetuning_type": "lora", "lora_rank": {"randint": [1, 200]}}])

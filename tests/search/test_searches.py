@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -172,10 +173,13 @@ LONG: dict[str, Any] = {"max_steps": 400, "save_steps": 20, "eval_steps": 100, "
 RANKS = [{**LORA, "lora_rank": {"choice": [4, 8]}}]
 
 
-def killed_in_second_trial(world: World, sent: signal.Signals) -> tuple[list[str], int, str]:
+OWN_RAY: dict[str, Any] = {"ray_address": None, "ray_init_kwargs": {"num_cpus": 2}}
+
+
+def killed_in_second_trial(world: World, sent: signal.Signals, **more: Any) -> tuple[list[str], int, str]:
     """A search whose driver gets a signal while its second trial trains; its first trial is over."""
-    words = command(world, "search", RANKS, **LONG)
-    driver = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    words = command(world, "search", RANKS, **LONG, **more)
+    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
     second = ""
 
     def training() -> bool:
@@ -188,16 +192,24 @@ def killed_in_second_trial(world: World, sent: signal.Signals) -> tuple[list[str
         return checkpoints.is_dir() and any(checkpoints.glob("step_*/complete.json"))
 
     assert until(training, 300)
+    started = psutil.Process(driver.pid).children(recursive=True)
     os.killpg(driver.pid, sent)
-    assert driver.stdout is not None
-    driver.stdout.read()
-    return words, driver.wait(timeout=120), second
+    code = driver.wait(timeout=120)
+    # Ray, where the search had started it, ends with the search, whatever ended that.
+    assert until(lambda: not any(process.is_running() for process in started), 60)
+    return words, code, second
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_the_same_command_goes_on_and_repeats_nothing(world: World, sent: signal.Signals) -> None:
-    words, code, second = killed_in_second_trial(world, sent)
+@pytest.mark.parametrize(
+    ("sent", "where"),
+    [(signal.SIGKILL, OWN_RAY), (signal.SIGINT, {}), (signal.SIGKILL, {})],
+    ids=["killed with its Ray", "interrupted on a cluster", "killed on a cluster"],
+)
+def test_the_same_command_goes_on_and_repeats_nothing(
+    world: World, sent: signal.Signals, where: dict[str, Any]
+) -> None:
+    words, code, second = killed_in_second_trial(world, sent, **where)
     assert code == (-9 if sent is signal.SIGKILL else 130)
     before = kept(world)
     assert [trial["state"] for trial in before] == ["finished", "running" if sent is signal.SIGKILL else "waiting"]
@@ -212,6 +224,37 @@ def test_the_same_command_goes_on_and_repeats_nothing(world: World, sent: signal
     assert first["reason"] == ("killed" if sent is signal.SIGKILL else "stopped")
     assert last["start_step"] >= 20
     assert last["executed_steps"] == 400 - last["start_step"]
+
+
+class DriverKiller:
+    """Kills the process of a trial's driver once, when its run has a checkpoint behind it."""
+
+    def __init__(self) -> None:
+        self.killed = 0
+
+    def __call__(self, book: Book) -> None:
+        if self.killed or not any(trial.reports for trial in book.trials):
+            return
+        for process in psutil.Process().children(recursive=True):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RunTrial"):
+                process.kill()
+                self.killed += 1
+
+
+@pytest.mark.slow
+def test_workers_of_a_trial_whose_driver_was_killed_are_freed_and_the_trial_goes_on(world: World) -> None:
+    """On one CPU: the second attempt can only start if the first one's placement group is gone (ray #54305)."""
+    killer = DriverKiller()
+    own = {"ray_address": None, "ray_init_kwargs": {"num_cpus": 1}, "ray_num_workers": 1}
+    steps = {"max_steps": 1500, "save_steps": 50, "eval_steps": 300}
+    outcome, _ = run(world, [{**LORA, "lora_rank": {"choice": [4]}}], killer, **own, **steps)
+    assert killer.killed == 1
+    (trial,) = outcome.book.trials
+    assert trial.state == "finished"
+    first, last = attempts(world, trial.name)
+    assert first["reason"] == "killed"
+    assert last["start_step"] >= 300
+    assert last["executed_steps"] == 1500 - last["start_step"]
 
 
 @pytest.mark.slow

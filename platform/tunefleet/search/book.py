@@ -20,8 +20,9 @@ from tunefleet.search.space import Point
 from tunefleet.storage import Place
 
 BOOK, SEARCHER = "trials.json", "searcher.state"
-State = Literal["waiting", "running", "finished", "stopped", "failed", "infeasible", "cut"]
-"""stopped: by the scheduler; cut: by the end of the budget; infeasible: it cannot run here."""
+State = Literal["waiting", "running", "paused", "finished", "stopped", "failed", "infeasible", "cut"]
+"""paused: until the scheduler lets it go on; stopped: by the scheduler; cut: by the end of the budget; infeasible: it
+cannot run here."""
 ENDED: frozenset[State] = frozenset({"finished", "stopped", "failed", "infeasible", "cut"})
 Report = dict[str, float | int | None]
 """Figures of a trial at one of its steps, `step` among them."""

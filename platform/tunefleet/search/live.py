@@ -23,6 +23,7 @@ from tunefleet.search.trials import BranchPlan
 COLOURS: Mapping[State, str] = {
     "waiting": "dim",
     "running": "bold",
+    "paused": "dim",
     "finished": "green",
     "stopped": "yellow",
     "failed": "red",

@@ -330,7 +330,11 @@ class Scribe(ray_tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
         """Let the searcher know who holds no workers."""
-        self._searcher.paused = frozenset(trial.trial_id for trial in trials if trial.status == RayTrial.PAUSED)
+        paused = [trial for trial in trials if trial.status == RayTrial.PAUSED]
+        self._searcher.paused = frozenset(trial.trial_id for trial in paused)
+        for trial in paused:
+            if self._book.named(_name(trial)).state == "running":
+                self._note(trial, "paused")
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """A trial begins, or goes on."""
