@@ -31,6 +31,7 @@ from tests.worker.under_ray import World
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.recipe.read import read_recipe
 from tunefleet.search.book import Book
+from tunefleet.search.searchers import PACKAGES
 from tunefleet.search.tuner import SearchOutcome, tune
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -139,8 +140,10 @@ def test_a_search_without_a_whole_trial_fails_with_its_first_error(world: World)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", ["optuna", "hyperopt"])
+@pytest.mark.parametrize("search", ["optuna", "bohb"])
 def test_hyperband_pauses_and_goes_on(world: World, search: str) -> None:
+    for package in PACKAGES.get(search, ()):
+        pytest.importorskip(package)
     rates = {"finetuning_type": "full", "learning_rate": {"loguniform": [1e-5, 1e-2]}}
     settings = {"search": search, "scheduler": "hyperband", "num_samples": 4, "reduction_factor": 2}
     outcome, _ = run(world, [rates], tune=settings, ray_num_workers=1)
