@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
-from tunefleet.plan import Plan, batch_schedule, make_plan, planned_precision
+from tunefleet.plan import Plan, _refuse_elastic, batch_schedule, make_plan, planned_precision
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, DataShape, NodeShape, SplitShape
@@ -26,6 +26,7 @@ from tunefleet_strategies.contract import (
     OptimizerSpec,
     ParameterShape,
     Precision,
+    Sharding,
     Strategy,
     StrategyError,
     Traits,
@@ -239,7 +240,11 @@ def test_parts_of_a_cpu_are_counted_without_rounding_down() -> None:
         ({"ray_num_workers": 5}, ["ray_num_workers: 5", "(4 CPU, 0 GPU)", "ray_num_workers: 4 does"]),
         ({"resources_per_worker": {"GPU": 1}}, ["1 GPU", "0 GPU", "make resources_per_worker smaller"]),
         ({"resources_per_worker": {"CPU": 9}}, ["9 CPU", "make resources_per_worker smaller"]),
-        ({"ray_num_workers": [1, 3]}, ["ray_num_workers: [1, 3]", "write ray_num_workers: 3"]),
+        ({"ray_num_workers": [5, 8]}, ["ray_num_workers: [5, 8]", "ray_num_workers: 4 does"]),
+        (
+            {"ray_num_workers": [1, 3], "save_only_model": True},
+            ["ray_num_workers: [1, 3]", "save_only_model: true", "write save_only_model: false"],
+        ),
         ({"deepspeed": "ds.json"}, ["deepspeed", "leave the key out"]),
         (
             {"sharding": "fsdp2", "finetuning_type": "lora", "pissa_init": True},
@@ -257,8 +262,29 @@ def test_what_cannot_run_is_refused_with_a_mend(keys: dict[str, Any], said: list
 def test_the_mend_of_a_refusal_runs() -> None:
     refusal(recipe(ray_num_workers=5))
     assert planned(ray_num_workers=4).workers.count == 4
-    refusal(recipe(ray_num_workers=[1, 3]))
-    assert planned(ray_num_workers=3).workers.count == 3
+    refusal(recipe(ray_num_workers=[5, 8]))
+    assert planned(ray_num_workers=[4, 8]).workers.count == 8
+
+
+def test_the_batch_of_an_elastic_run_counts_its_most_workers() -> None:
+    elastic = planned(per_device_train_batch_size=3, gradient_accumulation_steps=2, ray_num_workers=[1, 4])
+    fixed = planned(per_device_train_batch_size=3, gradient_accumulation_steps=2, ray_num_workers=4)
+    assert elastic.batch == fixed.batch
+    assert (elastic.workers.least, elastic.workers.count, elastic.workers.elastic) == (1, 4, True)
+    assert elastic.workers.resources == fixed.workers.resources
+    assert not fixed.workers.elastic
+    assert mathematics(elastic) == mathematics(fixed), "one may go on as the other"
+    assert differences(mathematics(elastic), mathematics(planned(ray_num_workers=[1, 3])))
+
+
+@pytest.mark.parametrize("sharding", ["zero0", "zero2", "zero3"])
+def test_elastic_workers_are_refused_for_deepspeed_alone(sharding: Sharding) -> None:
+    read = recipe(ray_num_workers=[1, 4])
+    workers = planned(ray_num_workers=[1, 4]).workers
+    with pytest.raises(Refused, match=r"\[1, 4\] lets the number .* DeepSpeed .*: write ray_num_workers: 4, or train"):
+        _refuse_elastic(read, workers, sharding)
+    _refuse_elastic(read, workers, "fsdp2")
+    _refuse_elastic(read, planned(ray_num_workers=4).workers, sharding)
 
 
 def test_a_method_for_few_workers_is_refused_more() -> None:
@@ -275,7 +301,7 @@ def test_ratio_mode_runs_on_one_worker_and_says_what_would_run() -> None:
         "badam with badam_mode: ratio runs on one worker, but ray_num_workers is 2: "
         "write ray_num_workers: 1 and gradient_accumulation_steps: 6 to keep the global batch."
     )
-    assert refusal(recipe(**keys, ray_num_workers=[1, 2])).endswith("write ray_num_workers: 1.")
+    assert "ray_num_workers is [1, 2]: write ray_num_workers: 1" in refusal(recipe(**keys, ray_num_workers=[1, 2]))
     mended = recipe(**keys | {"gradient_accumulation_steps": 6})
     assert make_plan(mended, DECODER, data(), LAPTOP, "/work").workers.count == 1
     layer = recipe(**keys | {"badam_mode": "layer"}, ray_num_workers=2)

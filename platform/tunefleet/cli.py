@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -143,12 +142,9 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
 @app.command()
 def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
     """Search: many trials of a recipe with a `tune:` block. The same command goes on with one that was interrupted."""
-    from tunefleet.launch.authentication import prepare_own_cluster
     from tunefleet.recipe.tune import read_search
 
     search = read_search(recipe, [*(overrides or []), *([] if address is None else [f"ray_address={address}"])])
-    if search.keys.get("ray_address") is None and not os.environ.get("RAY_ADDRESS"):
-        prepare_own_cluster()  # before anything imports Ray
     from tunefleet.search.ending import result_table, winning
     from tunefleet.search.live import open_search_display
     from tunefleet.search.tuner import tune as run

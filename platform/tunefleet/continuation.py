@@ -23,7 +23,7 @@ def mathematics(plan: Plan) -> dict[str, JsonValue]:
     run_keys = set(type(recipe.run).model_fields) | set(type(recipe.ray).model_fields)
     free = run_keys | _FREE_KEYS | recipe.method.free
     kept = {key: value for key, value in flat.items() if key not in free}
-    kept["ray_num_workers"] = flat["ray_num_workers"]
+    kept["ray_num_workers"] = recipe.ray.max_workers  # an elastic run has the batches of its most
     kept["precision"] = plan.precision.model_dump()
     kept["training rows"] = plan.data.train_sha256 if plan.data else None
     return kept

@@ -11,5 +11,13 @@ class RunFailed(Exception):
     """A run that had started came to grief. Exit code 1."""
 
 
+class Superseded(RunFailed):
+    """Another command runs this run now, so this one must leave it alone."""
+
+
+class PeerFailed(Exception):
+    """Another rank failed, for a reason that another attempt may not meet."""
+
+
 class BrokenOff(Exception):
     """A person would not wait for a run to stop by itself. Exit code 130."""

@@ -1,10 +1,18 @@
-"""What the device that trains can do with numbers. Asked in every Ray cluster, so it must not load torch for a CPU."""
+"""What this machine has: what its device can do with numbers, and whose its disks are.
+
+Asked in every Ray cluster, so it must not load torch for a CPU.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import psutil
+
+NETWORK_DISKS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs"})
+"""What file systems of other machines call themselves; those of user space are named fuse.something."""
 
 _CPU_FACTS = Path("/proc/cpuinfo")
 _BF16_FLAGS = {"avx512_bf16", "amx_tile"}
@@ -39,3 +47,11 @@ def _cpu_flags() -> set[str]:
         return set()
     lines = _CPU_FACTS.read_text(encoding="utf-8").splitlines()
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def on_network(path: Path) -> bool:
+    """Whether a path, there or not yet, is on a mounted disk of another machine."""
+    kinds = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    whole = path.resolve()
+    kind = next((kinds[str(parent)] for parent in (whole, *whole.parents) if str(parent) in kinds), "")
+    return kind in NETWORK_DISKS or kind.startswith("fuse.")

@@ -28,10 +28,17 @@ class WorkerPlan(Settings):
     """How many workers, how large, and where."""
 
     count: int
+    """As many as the global batch counts; of an elastic run the most."""
+    least: int
     device: Literal["cpu", "cuda"]
     resources: dict[str, float]
     placement_strategy: str
     threads: int
+
+    @property
+    def elastic(self) -> bool:
+        """Whether fewer workers than `count` may run."""
+        return self.least < self.count
 
 
 class PrecisionPlan(Settings):
@@ -68,6 +75,8 @@ class CadencePlan(Settings):
     evaluation: int | None
     evaluates_at_start: bool
     evaluates_at_end: bool
+    preemption_notices: int
+    """The longest way between two looks, which are barriers; slow updates have a look more often."""
 
 
 class ModelPlan(Settings):
@@ -149,6 +158,7 @@ def make_plan(
     workers = _worker_plan(recipe, traits, cluster)
     sharding = _sharding(recipe, traits)
     _refuse(recipe, traits, workers)
+    _refuse_elastic(recipe, workers, sharding)
     precision, precision_notices = resolve(recipe.training, _hardware(recipe, workers, cluster))
     batch = _batch_plan(recipe, workers.count, data)
     return Plan(
@@ -255,6 +265,23 @@ def _sharding(recipe: Recipe, traits: Traits) -> Sharding | None:
     return training.sharding
 
 
+def _refuse_elastic(recipe: Recipe, workers: WorkerPlan, sharding: Sharding | None) -> None:
+    """Refuse a number of workers that changes where a checkpoint holds for one number, or where there is none."""
+    if not workers.elastic:
+        return
+    asked = f"ray_num_workers: [{workers.least}, {workers.count}]"
+    if sharding is not None and sharding.startswith("zero"):
+        raise Refused(
+            f"{asked} lets the number of workers change, and a checkpoint of DeepSpeed can only be loaded by as many "
+            f"workers as wrote it: write ray_num_workers: {workers.count}, or train without deepspeed."
+        )
+    if recipe.run.save_only_model:
+        raise Refused(
+            f"{asked} goes on from checkpoints when the workers change, and save_only_model: true writes none to go on "
+            f"from: write save_only_model: false, or ray_num_workers: {workers.count}."
+        )
+
+
 def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
     if traits.clipping or recipe.training.max_grad_norm == 0:
         return []
@@ -274,25 +301,20 @@ def _fewer_workers(recipe: Recipe, traits: Traits, count: int) -> str:
 
 
 def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> WorkerPlan:
-    count = recipe.ray.ray_num_workers
-    if not isinstance(count, int):
-        low, high = count
-        nearest = high if traits.max_workers is None else min(high, traits.max_workers)
-        raise Refused(
-            f"ray_num_workers: [{low}, {high}] asks for elastic workers, which are not built yet: write "
-            f"ray_num_workers: {nearest}."
-        )
+    written = recipe.ray.ray_num_workers
+    least, count = (written, written) if isinstance(written, int) else written
+    shown = str(count) if isinstance(written, int) else f"[{least}, {count}]"
     too_many = too_many_workers(recipe.method, count)
     if too_many is not None:
-        raise Refused(f"{too_many}, but ray_num_workers is {count}: write {_fewer_workers(recipe, traits, count)}.")
+        raise Refused(f"{too_many}, but ray_num_workers is {shown}: write {_fewer_workers(recipe, traits, count)}.")
     request = dict(recipe.ray.resources_per_worker or _default_request(count, cluster))
     if not any(amount > 0 for amount in request.values()):
         raise Refused("resources_per_worker asks for nothing: write {CPU: 1} or {GPU: 1}, or leave it out.")
     strategy = recipe.ray.placement_strategy
     room = cluster.fits(request, strategy)
-    if room < count and not cluster.may_grow:
+    if room < least and not cluster.may_grow:
         raise Refused(
-            f"{_does_not_fit(count, request, strategy, cluster)}: "
+            f"{_does_not_fit(shown, request, strategy, cluster)}: "
             + (f"at most ray_num_workers: {room} does." if room else "make resources_per_worker smaller.")
         )
     gpus = request.get("GPU", 0.0)
@@ -303,6 +325,7 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
         )
     return WorkerPlan(
         count=count,
+        least=least,
         device="cuda" if request.get("GPU", 0) > 0 else "cpu",
         resources=request,
         placement_strategy=strategy,
@@ -310,7 +333,7 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
     )
 
 
-def _does_not_fit(count: int, request: Mapping[str, float], strategy: str, cluster: ClusterShape) -> str:
+def _does_not_fit(count: int | str, request: Mapping[str, float], strategy: str, cluster: ClusterShape) -> str:
     wanted = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
     laid_out = f" and placement_strategy: {strategy}" if strategy.startswith("STRICT") else ""
     return (
@@ -320,9 +343,9 @@ def _does_not_fit(count: int, request: Mapping[str, float], strategy: str, clust
 
 
 def _room_notices(recipe: Recipe, workers: WorkerPlan, cluster: ClusterShape) -> list[str]:
-    if cluster.fits(workers.resources, workers.placement_strategy) >= workers.count:
+    if cluster.fits(workers.resources, workers.placement_strategy) >= workers.least:
         return []
-    sentence = _does_not_fit(workers.count, workers.resources, workers.placement_strategy, cluster)
+    sentence = _does_not_fit(workers.least, workers.resources, workers.placement_strategy, cluster)
     return [
         f"{sentence} as it is now: the run waits until nodes have joined, for at most ray_start_timeout: "
         f"{recipe.ray.ray_start_timeout} s."
@@ -375,6 +398,7 @@ def _cadence_plan(recipe: Recipe, batch: BatchPlan) -> CadencePlan:
         evaluation=evaluation,
         evaluates_at_start=run.eval_on_start,
         evaluates_at_end=evaluation is not None or recipe.training.do_eval,
+        preemption_notices=recipe.ray.preemption_poll_steps,
     )
 
 

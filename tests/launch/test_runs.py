@@ -395,3 +395,27 @@ def test_another_process_holds_its_claim_until_it_dies(folder: RunFolder) -> Non
         holder.communicate()
     with claimed(folder):
         pass
+
+
+def test_a_run_on_another_machines_disk_is_locked_on_this_one(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock would outlast a machine that died with it."""
+    monkeypatch.setattr("tunefleet.launch.runs.on_network", lambda _path: True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "here"))
+    (tmp_path / "here").mkdir()
+    with claimed(folder):
+        assert not (Path(folder.root.path) / ".lock").exists()
+        with pytest.raises(Refused, match="is being run by another process"), claimed(folder):
+            raise AssertionError("claimed twice")
+    with claimed(folder):
+        pass
+
+
+def test_each_command_leaves_its_own_mark(folder: RunFolder) -> None:
+    marks = []
+    for _ in range(2):
+        with claimed(folder) as mark:
+            assert mark in folder.claim.read_text()
+            marks.append(mark)
+    assert len(set(marks)) == 2

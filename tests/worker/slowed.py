@@ -1,6 +1,6 @@
 """One rank of a group of two, without Ray, that makes a whole attempt; the second does more work than it should.
 
-Run by test_pacing: rank, meeting point, plan, folder of the run, where to write what a driver would be told.
+Run by test_pacing: rank, meeting point, plan, folder of the run and its mark, where to write what a driver is told.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ def work_more(module: nn.Module, arguments: Any) -> None:
             torch.ones(64, 64) @ torch.ones(64, 64)
 
 
-def main(rank: int, rendezvous: str, plan: str, run: str, told: str) -> None:
+def main(rank: int, rendezvous: str, plan: str, run: str, mark: str, told: str) -> None:
     pin(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     if rank == 1:
         register_module_forward_pre_hook(work_more)
-    job = Job(Plan.model_validate_json(Path(plan).read_text()), RunFolder(place(run)), "tunefleet train recipe.yaml")
+    job = Job(
+        Plan.model_validate_json(Path(plan).read_text()), RunFolder(place(run)), "tunefleet train recipe.yaml", mark
+    )
     seat = Seat(rank, 2, torch.device("cpu"))
     line = Gathered()
-    attempt(job, seat, Reporter(job, seat, line))
+    attempt(job, seat, Reporter(job, seat, line), line)
     Path(told).write_bytes(pickle.dumps(line.events))
     dist.destroy_process_group()
 

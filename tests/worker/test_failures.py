@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from tunefleet.errors import Refused, RunFailed
+from tunefleet.errors import PeerFailed, Refused, RunFailed
 from tunefleet.storage import Damaged, Place, place
 from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, last_failure, record_failure
 from tunefleet_strategies.contract import StrategyError
+
+MARK = "of this command"
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_an_exception_becomes_data(error: Exception, kind: str, message: str, re
 
 
 def test_nothing_failed_yet(record: Place) -> None:
-    assert failures(record) == []
+    assert failures(record, MARK) == []
     assert last_failure([]) is None
     assert not hopeless([])
 
@@ -48,14 +51,14 @@ def test_nothing_failed_yet(record: Place) -> None:
 def test_failures_of_several_ranks_are_read_in_order(record: Place) -> None:
     written = [failure(attempt, rank) for attempt, rank in ((2, 0), (1, 10), (1, 2), (10, 0), (2, 1))]
     for one in written:
-        record_failure(record, one)
-    assert failures(record) == sorted(written, key=lambda one: (one.attempt, one.rank))
+        record_failure(record, MARK, one)
+    assert failures(record, MARK) == sorted(written, key=lambda one: (one.attempt, one.rank))
 
 
 def test_other_files_beside_failures_are_passed_over(record: Place) -> None:
-    record_failure(record, failure())
-    record.child("failures", ".0001_0001.json.tmp-0").write_text("{")
-    assert failures(record) == [failure()]
+    record_failure(record, MARK, failure())
+    record.child("failures", MARK, ".0001_0001.json.tmp-0").write_text("{")
+    assert failures(record, MARK) == [failure()]
 
 
 def test_the_last_failure_is_of_the_newest_attempt() -> None:
@@ -88,3 +91,35 @@ def test_the_same_error_of_two_ranks_at_once_counts_once() -> None:
 def test_an_error_that_comes_again_later_is_hopeless_too() -> None:
     assert hopeless([failure(1), failure(2, message="another"), failure(3)])
     assert not hopeless([failure(1), failure(2), failure(3, step=9)])
+
+
+@pytest.mark.parametrize(
+    ("error", "echo"),
+    [
+        (PeerFailed("Rank 1 failed: no space left"), True),
+        (dist.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError("no space left"), False),
+    ],
+)
+def test_what_only_says_that_another_rank_was_lost_is_told_apart(error: Exception, echo: bool) -> None:
+    assert describe_failure(error, 1, 0, 5).echo is echo
+
+
+def test_workers_lost_twice_at_one_step_are_worth_another_attempt() -> None:
+    lost = [replace(failure(attempt, rank), echo=True) for attempt in (1, 2) for rank in (0, 1)]
+    assert not hopeless(lost)
+    assert hopeless([replace(one, echo=False) for one in lost])
+
+
+def test_a_ranks_own_failure_says_more_than_its_echo() -> None:
+    past = [replace(failure(1, 0, message="Rank 1 failed"), echo=True), failure(1, 1, message="no space left")]
+    assert last_failure(past) == past[1]
+    again = [replace(one, attempt=2) for one in past]
+    assert hopeless([*past, *again])
+
+
+def test_failures_of_another_command_do_not_count(record: Place) -> None:
+    record_failure(record, "another", failure(final=True))
+    assert failures(record, MARK) == []

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.worker.alone import run_alone
 from tests.worker.slowed import EXTRA_SECONDS
 
+from tunefleet.artifacts.claim import claim_run
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.metrics import read_metrics
 from tunefleet.launch.cluster import local_shape
@@ -33,9 +34,10 @@ def pair(folder: Path, plan: Path, run: RunFolder) -> list[list[Event]]:
     """Let two processes make an attempt, and return what each would have told a driver."""
     path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
     environment = os.environ | {"PYTHONPATH": path}
+    mark = claim_run(run.claim)
     told = [folder / f"{rank}.pickle" for rank in (0, 1)]
     commands = [
-        [sys.executable, "-m", "tests.worker.slowed", str(rank), str(folder / "meet"), str(plan), run.root.uri]
+        [sys.executable, "-m", "tests.worker.slowed", str(rank), str(folder / "meet"), str(plan), run.root.uri, mark]
         for rank in (0, 1)
     ]
     processes = [

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     commands = [[sys.executable, "-m", "tests.worker.ranks", str(rank), str(folder)] for rank in (0, 1)]
     processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), errors
     return folder
 

@@ -54,3 +54,14 @@ def test_ranks_are_counted_within_their_node() -> None:
     ]
     assert [seat.local_rank for seat in seats] == [0, 0, 1, 2, 1]
     assert [seat.node for seat in seats] == [0, 1, 0, 0, 1]
+
+
+def test_an_elastic_run_takes_any_number_within_its_range(planned: Plan) -> None:
+    keys = planned.recipe.flat() | {"badam_mode": "layer"}
+    workers = planned.workers.model_copy(update={"least": 2, "count": 3})
+    layer = planned.model_copy(update={"recipe": read_flat(keys, written=()), "workers": workers})
+    for world in (2, 3):
+        check_seat(layer, Seat(0, world, torch.device("cpu")))
+    for world in (1, 4):
+        with pytest.raises(RunFailed, match=rf"Ray started {world} worker\(s\) where the plan has 2 to 3\."):
+            check_seat(layer, Seat(0, world, torch.device("cpu")))

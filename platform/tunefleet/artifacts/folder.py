@@ -3,6 +3,7 @@
 <ray_storage_path>/<ray_run_name>/checkpoints   step_00000010, ... each complete or absent
                                   /model        what a user keeps, written when the run ends
                                   /record       plan, metrics, attempts, failures, result
+                                  /claim.json   who may write
                                   /scratch      checkpoints in the making, gone when no command runs
 """
 
@@ -31,6 +32,10 @@ class RunFolder:
     @property
     def record(self) -> Place:
         return self.root.child("record")
+
+    @property
+    def claim(self) -> Place:
+        return self.root.child("claim.json")
 
     @property
     def scratch(self) -> Place:

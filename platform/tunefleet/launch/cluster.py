@@ -9,12 +9,13 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, and its stub leaves this out
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,7 +23,6 @@ import tunefleet
 import tunefleet_strategies
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.hardware import Hardware, local_cpu, local_gpu
-from tunefleet.launch.authentication import MODE
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import ClusterShape, NodeShape
 
@@ -40,17 +40,12 @@ _RAY_DEFAULTS = {
 TRIAL_DRIVER = "trial_driver"
 """The resource that nodes offer on which the drivers of trials may sit."""
 
-_HEAD_ARGUMENTS = frozenset({"num_cpus", "num_gpus", "resources", "object_store_memory", "labels", "_temp_dir"})
-"""Arguments of `ray.init` that start Ray, and that nobody takes who joins it."""
+_DRIVERS_OWN = frozenset(
+    ("runtime_env", "namespace", "log_to_driver", "logging_level", "logging_format", "logging_config", "job_config")
+)
+"""Arguments of `ray.init` that are about this driver; all others are about the Ray that is started."""
 
-_HEAD = """
-import json, sys
-import ray
-options = dict(address="local", include_dashboard=True, log_to_driver=False, logging_level="ERROR")
-context = ray.init(**options, **json.loads(sys.argv[1]))
-print(context.address_info["gcs_address"], flush=True)
-sys.stdin.read()
-"""
+_LONGEST_END_SECONDS = 30.0
 
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells a submitted job's script its own runtime environment."""
@@ -72,18 +67,66 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", **settings.ray_init_kwargs}
     address = cluster_address(settings)
-    if address is None:
-        # Ray turns token authentication on for local clusters. Without a token it would write one to the home folder,
-        # which would turn authentication on in clusters that are started later.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # An explicit "local" never joins a dead cluster that an old session file names.
-        _init({"address": "local", "include_dashboard": False, "num_cpus": _own_cpus(), **options})
-    else:
-        _init({"address": address, **options, "runtime_env": _runtime_env(options)})
-    try:
+    with ExitStack() as stack:
+        if address is None:
+            own = {key: value for key, value in options.items() if key in _DRIVERS_OWN}
+            others = {key: value for key, value in options.items() if key not in own}
+            address = stack.enter_context(_local_ray(others))
+            _init({"address": address, **own, "runtime_env": _addressed(own.get("runtime_env") or {}, address)})
+        else:
+            _init({"address": address, **options, "runtime_env": _addressed(_runtime_env(options), address)})
+        stack.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
+
+
+@contextmanager
+def _local_ray(options: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Ray on this machine for as long as the block lasts, or this process lives; its address.
+
+    It runs in a session of its own (`local_ray.py`): a signal that a shell or `timeout` sends to the driver's group
+    would otherwise end Ray under the run that is saving its last checkpoint.
+
+    Raises:
+        Refused, RunFailed: Ray does not take the options, or does not start.
+    """
+    # Ray turns token authentication on for local clusters, for who joins them only where this says so. Without a token
+    # it would write one to the home folder, which would turn authentication on in clusters that are started later.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray has read the environment when it was imported
+    options = {"include_dashboard": False, "num_cpus": _own_cpus(), **options}
+    # -P: the neighbours of the script stay off its import path.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("local_ray.py"))]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**(environment or {}), **os.environ},
+    ) as ray_process:
+        assert ray_process.stdin is not None
+        assert ray_process.stdout is not None
+        try:
+            with suppress(BrokenPipeError):  # it has ended, and the answer says why
+                ray_process.stdin.write(json.dumps(options) + "\n")
+                ray_process.stdin.flush()
+            told = json.loads(ray_process.stdout.readline() or "{}")
+            if "refused" in told:
+                raise _refused_arguments(told["refused"])
+            if "address" not in told:
+                raise RunFailed(
+                    f"Ray did not start on this machine ({told.get('failed', 'its process ended')}): look for what "
+                    f"holds it up in /tmp/ray/session_latest/logs, and try again."
+                )
+            yield told["address"]
+        finally:
+            ray_process.stdin.close()  # the sign to end
+            try:
+                ray_process.wait(_LONGEST_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                ray_process.kill()  # its own children die with it
 
 
 @contextmanager
@@ -100,12 +143,19 @@ def search_session(settings: RaySettings) -> Iterator[None]:
         os.environ.setdefault(name, value)
     with ExitStack() as stack:
         address = cluster_address(settings)
-        written = dict(settings.ray_init_kwargs)
+        written: dict[str, Any] = dict(settings.ray_init_kwargs)
         shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        options = shared | {key: value for key, value in written.items() if key not in _HEAD_ARGUMENTS}
+        if address is None:
+            options = shared | {key: value for key, value in written.items() if key in _DRIVERS_OWN}
+        else:
+            options = shared | written
         environment = _runtime_env(options)
         if address is None:
-            address = stack.enter_context(_own_head(written))
+            own = {key: value for key, value in written.items() if key not in _DRIVERS_OWN and value is not None}
+            own["resources"] = {TRIAL_DRIVER: 1000.0, **own.get("resources", {})}
+            # Each trial has half a dozen small actors of Ray's: no warning about their number, no queue at their start.
+            more = {"RAY_worker_maximum_startup_concurrency": "16"}
+            address = stack.enter_context(_local_ray({"include_dashboard": True, **own}, more))
         elif re.fullmatch(r"[\w.-]+:\d+", address) is None:  # "auto", or a client's URI
             _init({**options, "address": address, "runtime_env": environment})
             address = ray.get_runtime_context().gcs_address
@@ -117,59 +167,20 @@ def search_session(settings: RaySettings) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _own_head(written: Mapping[str, Any]) -> Iterator[str]:
-    """Ray on this machine in a process of its own, for as long as the block lasts. Gives its address."""
-    if MODE not in os.environ:
-        raise Refused(f"{MODE} is not set, and Ray reads it when it is imported: set it to token before that.")
-    own = {key: value for key, value in written.items() if key in _HEAD_ARGUMENTS and value is not None}
-    own["resources"] = {TRIAL_DRIVER: 1000.0, **own.get("resources", {})}
-    arguments = json.dumps({"num_cpus": _own_cpus(), **own})
-    # In a session of its own, so that Ctrl-C in a terminal reaches this process only.
-    head = subprocess.Popen(
-        [sys.executable, "-c", _HEAD, arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        # Each trial has half a dozen small actors of Ray's: no warning about their number, and no queue at their start.
-        env={"RAY_worker_maximum_startup_concurrency": "16", **os.environ},
-    )
-    assert head.stdin is not None
-    assert head.stdout is not None
-    try:
-        address = head.stdout.readline().strip()
-        if not address:
-            raise RunFailed(
-                "Ray did not start on this machine: look for what holds it up in /tmp/ray/session_latest/logs, and "
-                "try again."
-            )
-        yield address
-    finally:
-        head.stdin.close()
-        try:
-            head.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            head.kill()
-            head.wait()
-
-
 def _init(options: Mapping[str, Any]) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
-        if options["address"] == "local":
-            raise RunFailed(
-                f"Ray did not start on this machine ({_first_line(error)}): look for what holds it up in /tmp/ray/"
-                f"session_latest/logs, and try again."
-            ) from error
         raise Refused(
             f"No Ray cluster answers at {options['address']} ({_first_line(error)}): start one with "
             f"`ray start --head`, or leave ray_address out to run on this machine."
         ) from error
     except (TypeError, ValueError) as error:
-        raise Refused(f"Ray does not take these arguments ({_first_line(error)}): correct ray_init_kwargs.") from error
+        raise _refused_arguments(_first_line(error)) from error
+
+
+def _refused_arguments(reason: str) -> Refused:
+    return Refused(f"Ray does not take these arguments ({reason}): correct ray_init_kwargs.")
 
 
 def _first_line(error: Exception) -> str:
@@ -186,6 +197,17 @@ def _runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:
     if "py_modules" not in own and "py_modules" not in job.get("runtime_env", {}):
         own["py_modules"] = [str(Path(package.__path__[0])) for package in (tunefleet, tunefleet_strategies)]
     return {key: value for key, value in own.items() if not (key == "py_modules" and value == [])}
+
+
+def _addressed(environment: Mapping[str, Any], address: str) -> dict[str, Any]:
+    """The same runtime environment with the cluster's address in every process.
+
+    What frees the workers of a driver that died asks Ray's State API, which would ask any other cluster of this machine
+    and believe it that this one's controller is dead: a run would lose its workers when another one starts.
+    """
+    if re.fullmatch(r"[\w.-]+:\d+", address) is None:  # "auto", or a client's URI: the cluster's own setting holds
+        return dict(environment)
+    return {**environment, "env_vars": {"RAY_ADDRESS": address, **environment.get("env_vars", {})}}
 
 
 def _own_cpus() -> int:
@@ -234,6 +256,11 @@ def joined_shape() -> ClusterShape:
         except GetTimeoutError:  # other jobs hold all of them
             ray.cancel(asked, force=True)
     return ClusterShape(nodes=shapes, cpu=cpu, gpu=gpu, may_grow=True)
+
+
+def alive_nodes() -> dict[str, NodeShape]:
+    """What each node of the cluster offers, by its id."""
+    return {node["NodeID"]: _node_shape(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
 def _node_shape(resources: Mapping[str, float]) -> NodeShape:

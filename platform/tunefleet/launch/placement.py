@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, UserCallback
+from ray.train.v2.api.config import ScalingConfig
 
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
@@ -14,10 +16,16 @@ from tunefleet.worker.mailbox import pack
 
 
 def scaling(plan: Plan) -> ScalingConfig:
-    """One bundle for each worker, of the planned size."""
+    """One bundle for each worker, of the planned size.
+
+    Ray starts an elastic run on as many workers as there is room for, and goes on with fewer when it has lost some. It
+    would start it again on more of them too, but only from the last checkpoint; the driver does that without losing a
+    step (`launch/growth.py`), so Ray never looks.
+    """
     workers = plan.workers
     return ScalingConfig(
-        num_workers=workers.count,
+        num_workers=(workers.least, workers.count) if workers.elastic else workers.count,
+        elastic_resize_monitor_interval_s=math.inf,
         use_gpu=workers.device == "cuda",
         resources_per_worker=dict(workers.resources),
         placement_strategy=workers.placement_strategy,

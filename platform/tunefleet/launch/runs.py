@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tunefleet.artifacts.claim import claim_run
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.record import RESULT, without_secrets
 from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
+from tunefleet.hardware import on_network
 from tunefleet.launch.home import refuse_unwritable
 from tunefleet.plan import Plan
 from tunefleet.storage import Place, forget_after, newest_complete, place, step_of
@@ -25,18 +29,21 @@ _RAY_NOTES = "checkpoint_manager_snapshot.json"
 
 
 @contextmanager
-def claimed(folder: RunFolder) -> Iterator[None]:
+def claimed(folder: RunFolder) -> Iterator[str]:
     """Hold a run against a second driver on the same machine; sweep up what killed workers left half written.
+
+    The lock is the system's, so it ends with its process, however that ends. Against a driver on another machine there
+    is no lock: there the one that came last has the run (`artifacts/claim.py`). Yields the mark of this command.
 
     Raises:
         Refused: another process is running it.
     """
     local = folder.root.local_path
     if local is None:
-        yield
+        yield claim_run(folder.claim)
         return
     refuse_unwritable(local, "ray_storage_path")
-    lock = FileLock(local / ".lock")
+    lock = FileLock(_lock_file(local))
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -44,11 +51,22 @@ def claimed(folder: RunFolder) -> Iterator[None]:
             f"The run {local.name} is being run by another process: wait for it, or choose another ray_run_name."
         ) from error
     try:
+        mark = claim_run(folder.claim)
         folder.scratch.delete()
-        yield
+        yield mark
     finally:
         folder.scratch.delete()
         lock.release()
+
+
+def _lock_file(run: Path) -> Path:
+    """Where a run is locked: beside it, or on this machine where its disk is another's.
+
+    There a lock would outlast the machine that died with it, and would not be needed: see `claimed`.
+    """
+    if not on_network(run):
+        return run / ".lock"
+    return Path(tempfile.gettempdir()) / f"tunefleet-{hashlib.sha256(str(run).encode()).hexdigest()[:32]}.lock"
 
 
 def open_run(plan: Plan, folder: RunFolder) -> list[str]:
@@ -78,11 +96,16 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
         _clear(folder)
     elif started:
         notices = _continue(plan, folder)
-    for leftover in (folder.root.child(_RAY_NOTES), folder.record.child("failures")):
-        leftover.delete()
+    clear_notes(folder)
     folder.record.child(_MATHEMATICS).write_text(json.dumps(mathematics(plan), indent=2))
     folder.record.child(_PLAN).write_text(json.dumps(without_secrets(plan.model_dump(mode="json")), indent=2))
     return notices
+
+
+def clear_notes(folder: RunFolder) -> None:
+    """Take away what Ray noted of checkpoints and what attempts noted of their failures, before a new start."""
+    for leftover in (folder.root.child(_RAY_NOTES), folder.record.child("failures")):
+        leftover.delete()
 
 
 def _can_continue(plan: Plan, folder: RunFolder, finished: bool) -> bool:

@@ -10,7 +10,7 @@ from rich.text import Text
 from tunefleet.data.prepare import PreparedData
 from tunefleet.launch.doctor import Finding
 from tunefleet.places import SITES, Line, marked
-from tunefleet.plan import Plan
+from tunefleet.plan import Plan, WorkerPlan
 from tunefleet_strategies.contract import Strategy
 
 
@@ -27,7 +27,10 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     request = ", ".join(f"{amount:g} {name}" for name, amount in workers.resources.items())
     rows = [
         ("method", plan.recipe.method.label()),
-        ("workers", f"{workers.count} x ({request}), {workers.placement_strategy}, {workers.threads} thread(s) each"),
+        (
+            "workers",
+            f"{_number(workers)} x ({request}), {workers.placement_strategy}, {workers.threads} thread(s) each",
+        ),
         (
             "numbers",
             f"compute {plan.precision.compute}, trains {plan.precision.trainable}, frozen {plan.precision.frozen}",
@@ -48,6 +51,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("logging", f"every {plan.cadence.logging} updates"),
         ("checkpoints", _every(plan.cadence.saving)),
         ("evaluation", _every(plan.cadence.evaluation)),
+        ("preemption notices", f"looked for every {plan.cadence.preemption_notices} updates, or sooner"),
         ("resumable", "yes" if plan.resumable else "no"),
         ("run", f"{plan.place.storage_path.rstrip('/')}/{plan.place.run_name}"),
         ("output_dir", plan.place.output_dir),
@@ -68,6 +72,10 @@ def _memory(plan: Plan) -> str:
     }
     listed = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
     return f"{listed}, and activations"
+
+
+def _number(workers: WorkerPlan) -> str:
+    return f"{workers.least} to {workers.count}" if workers.elastic else str(workers.count)
 
 
 def _or_unknown(value: int | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,25 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.result import Result
 
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.errors import BrokenOff, Refused, RunFailed
+from tunefleet.errors import BrokenOff, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
 from tunefleet.launch.draft import draft
+from tunefleet.launch.fit import start_fit
+from tunefleet.launch.growth import Growth
 from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unusable, refuse_unwritable
-from tunefleet.launch.placement import run_config, scaling
-from tunefleet.launch.runs import claimed, open_run
+from tunefleet.launch.runs import claimed, clear_notes, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
 from tunefleet.launch.waiting import Waiting
 from tunefleet.models import check_weights
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import Recipe
 from tunefleet.storage import Place, newest_complete, place, step_of
-from tunefleet.worker.events import Event
-from tunefleet.worker.failures import failures, last_failure
+from tunefleet.worker.events import Event, Noticed, Started
 from tunefleet.worker.job import JobConfig
 from tunefleet.worker.mailbox import collect, open_mailbox
-from tunefleet.worker.run import run_worker
 
 _POLL_SECONDS = 0.2
 
@@ -76,7 +72,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
         refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
         refuse_unwritable(output_dir, "output_dir")
-        stack.enter_context(claimed(folder))
+        mark = stack.enter_context(claimed(folder))
         notices = open_run(plan, folder)
         for text in (*plan.notices, *notices):
             display.note(text)
@@ -85,7 +81,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
             stack.enter_context(ray_session(recipe.ray))
         wish = stack.enter_context(stop_wishes())  # after Ray has started, which sets an answer to SIGTERM of its own
         try:
-            summary = _fit(plan, storage, folder, display, wish)
+            summary = _fit(plan, storage, folder, mark, display, wish)
         except KeyboardInterrupt as error:
             raise BrokenOff(f"Broken off: {_what_is_left(folder)}.") from error
         except RayError as error:  # as when a signal to the whole process group ends Ray's processes too
@@ -95,9 +91,9 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         return Outcome(plan, folder.root, output_dir, summary, wish.exit_code if summary["stopped"] else 0)
 
 
-def _fit(plan: Plan, storage: Place, folder: RunFolder, display: Display, wish: StopWish) -> dict[str, Any]:
+def _fit(plan: Plan, storage: Place, folder: RunFolder, mark: str, display: Display, wish: StopWish) -> dict[str, Any]:
     """Run the workers; show what they tell; pass a wish to stop on to them."""
-    running = Running(plan, storage, folder, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    running = Running(plan, storage, folder, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), mark)
     told = False
     while running.goes_on():
         for event in running.events():
@@ -114,49 +110,66 @@ def _fit(plan: Plan, storage: Place, folder: RunFolder, display: Display, wish: 
 class Running:
     """A run under way: its workers train, and this process hears of it."""
 
-    def __init__(self, plan: Plan, storage: Place, folder: RunFolder, command: str) -> None:
+    def __init__(self, plan: Plan, storage: Place, folder: RunFolder, command: str, mark: str) -> None:
         """Start the workers of a run whose folder is claimed and open.
 
         Args:
             command: what repeats the run.
+            mark: what `claimed` yielded.
         """
-        self._folder = folder
+        self._plan, self._storage, self._folder, self._mark = plan, storage, folder, mark
         self._mailbox = open_mailbox()
-        config: JobConfig = {
+        self._config: JobConfig = {
             "plan": plan.model_dump_json(),
             "run": folder.root.uri,
             "mailbox": self._mailbox,
             "command": command,
+            "mark": mark,
         }
-        function: Any = run_worker  # Ray's types know no function that returns something
-        trainer = TorchTrainer(
-            function,
-            train_loop_config=dict(config),
-            scaling_config=scaling(plan),
-            run_config=run_config(plan, storage, self._mailbox),
-            torch_config=TorchConfig(timeout_s=plan.recipe.ray.ddp_timeout),
-        )
         self._waiting = Waiting(plan)
-        self._fit = _Fit(trainer)
-        self._fit.start()
+        self._growth = Growth(plan.workers, plan.recipe.ray.elastic_resize_monitor_interval_s)
+        self._told: list[Event] = []
+        self._stopping = False
+        self._fit = start_fit(plan, storage, self._config)
 
     def goes_on(self, seconds: float = _POLL_SECONDS) -> bool:
         """Wait for the run's end, but not longer than `seconds`. Returns whether it still goes on.
+
+        Ray starts failed attempts anew, as often as `max_failures` says. An attempt that left early because the run
+        must go on elsewhere (`worker/leaving.py`) has not failed: the next one is started here, and nothing is counted.
 
         Raises:
             RunFailed: the cluster has had no room for the workers for too long.
         """
         self._fit.join(seconds)
         self._waiting.look()
-        return self._fit.is_alive()
+        if self._fit.is_alive():
+            if not self._stopping and self._growth.is_due():
+                self._mailbox.want.remote("grow")
+            return True
+        ending = self._fit.ending()
+        if ending is None or not ending.get("moved") or self._stopping:
+            return False
+        self._told.append(Noticed(f"Step {ending['step']}: {ending['moved']}; the run goes on in a new start."))
+        self._growth.moved()
+        self._waiting = Waiting(self._plan)
+        clear_notes(self._folder)
+        ray.get(self._mailbox.want.remote(None))
+        self._fit = start_fit(self._plan, self._storage, self._config)
+        return True
 
     def events(self) -> list[Event]:
         """What the workers have told since the last time, oldest first."""
-        return self._waiting.heard(collect(self._mailbox))
+        told, self._told = [*self._waiting.heard(collect(self._mailbox)), *self._told], []
+        for event in told:
+            if isinstance(event, Started):
+                self._growth.started(event.world_size)
+        return told
 
     def stop(self) -> None:
         """Ask the workers to save a checkpoint at the next step and to end."""
-        self._mailbox.stop.remote()
+        self._stopping = True
+        self._mailbox.want.remote("stop")
 
     def summary(self) -> dict[str, Any]:
         """What rank 0 returned; the line to the workers is closed.
@@ -166,7 +179,9 @@ class Running:
             RunFailed: anything else went wrong.
         """
         ray.kill(self._mailbox)
-        return self._fit.summary(self._folder)
+        summary = self._fit.summary(self._folder, self._mark)
+        # Whatever made it leave, a run that should stop has stopped there, with a checkpoint.
+        return summary | {"stopped": summary["stopped"] or bool(summary["moved"])}
 
 
 def _what_is_left(folder: RunFolder) -> str:
@@ -175,39 +190,3 @@ def _what_is_left(folder: RunFolder) -> str:
     if newest is None:
         return "there is no checkpoint yet, so the same command begins anew"
     return f"the same command goes on from step {step_of(newest)}"
-
-
-class _Fit(threading.Thread):
-    """`TorchTrainer.fit` off the main thread, which must stay free for signals."""
-
-    def __init__(self, trainer: TorchTrainer) -> None:
-        super().__init__(daemon=True, name="fit")
-        self._trainer = trainer
-        self._result: Result | None = None
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            result: Any = self._trainer.fit()  # Ray declares the older of its two results
-            self._result = result
-        except Exception as error:  # handed over to the main thread, which raises it
-            self._error = error
-
-    def summary(self, folder: RunFolder) -> dict[str, Any]:
-        """What rank 0 returned.
-
-        Raises:
-            Refused: the workers found that the recipe cannot run.
-            RunFailed: anything else went wrong.
-        """
-        returned: Any = None if self._result is None else self._result.return_value
-        if isinstance(returned, dict) and "failed" not in returned:
-            return returned
-        failure = last_failure(failures(folder.record))
-        if failure is not None and failure.refused:
-            raise Refused(failure.message)
-        if isinstance(returned, dict) and returned.get("why"):
-            raise RunFailed(str(returned["why"]))
-        if failure is not None:
-            raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from self._error
-        raise RunFailed(f"The run failed before its first step: {self._error}") from self._error

@@ -63,14 +63,14 @@ class Waiting:
         names = [name for name, amount in workers.resources.items() if amount > 0]
         free, nodes = ray.available_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
         have = {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
-        short = {name: workers.count * workers.resources[name] - free.get(name, 0.0) for name in names}
+        short = {name: workers.least * workers.resources[name] - free.get(name, 0.0) for name in names}
         missing = {name: amount for name, amount in short.items() if amount > 1e-6}
         if missing:
             lack = f"missing are {_amounts(missing)}"
         else:
             lack = "no node or nodes have it in the shape that is asked for, or their processes do not start"
         return (
-            f"The cluster has no room for the workers: asked for are {workers.count} x ({one}), "
+            f"The cluster has no room for the workers: asked for are {workers.least} x ({one}), "
             f"{workers.placement_strategy}; free are {_amounts({name: free.get(name, 0.0) for name in names})}; "
             f"{len(nodes)} nodes have {_amounts(have)}; {lack}."
         )

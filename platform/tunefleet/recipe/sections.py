@@ -193,7 +193,22 @@ class RaySettings(Settings):
         ge=1,
         description="Seconds that a run waits until the cluster has room for its workers, at the start and again.",
     )
-    max_failures: int = Field(3, ge=-1, description="How often a failed run is started again; -1 = without end.")
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="How often a run that failed or lost a worker is started again; -1 = without end. A node that is "
+        "taken away with notice, SIGTERM to a worker and workers that join are not counted.",
+    )
+    preemption_poll_steps: int = Field(
+        100,
+        ge=1,
+        description="Steps between two looks for a notice that a node is taken away, at most; slow steps look sooner.",
+    )
+    elastic_resize_monitor_interval_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that a node must be there before an elastic run starts anew to use it; at least 25.",
+    )
     ddp_timeout: int = Field(1800, ge=1, description="Seconds that a worker waits for the others.")
 
     @property

@@ -93,6 +93,7 @@ class Driven:
         self._folder = RunFolder(self._storage.child(name))
         self._board, self._evaluates = board, evaluates
         self._held = ExitStack()
+        self._mark = ""
         self._running: Running | None = None
         self._started = self._stopping = False
         self._latest: Report = {"step": 0}
@@ -121,9 +122,9 @@ class Driven:
             return self._ended("infeasible", str(error))
 
     def _start(self) -> Running:
-        self._held.enter_context(claimed(self._folder))
+        self._mark = self._held.enter_context(claimed(self._folder))
         open_run(self._plan, self._folder)
-        self._running = Running(self._plan, self._storage, self._folder, f"trial {self._name} of a search")
+        self._running = Running(self._plan, self._storage, self._folder, f"trial {self._name} of a search", self._mark)
         return self._running
 
     def _hear(self, event: Event) -> None:
@@ -159,7 +160,7 @@ class Driven:
         try:
             summary = running.summary()
         except RunFailed as error:
-            failure = last_failure(failures(self._folder.record))
+            failure = last_failure(failures(self._folder.record, self._mark))
             if failure is None or not (failure.final or failure.kind == OUT_OF_MEMORY):
                 raise
             return self._ended("infeasible" if failure.kind == OUT_OF_MEMORY else "failed", sentence(failure, error))

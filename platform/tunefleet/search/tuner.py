@@ -21,6 +21,7 @@ from ray.tune import TuneError
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Trial as RayTrial
 
+from tunefleet.artifacts.claim import mark_of
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import BrokenOff, Refused, RunFailed
 from tunefleet.launch.cluster import TRIAL_DRIVER, cluster_address, joined_shape, local_shape, search_session
@@ -364,7 +365,8 @@ class Scribe(ray_tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """A trial has failed as often as it may."""
-        failure = last_failure(failures(RunFolder(self._search.child(RUNS, _name(trial))).record))
+        folder = RunFolder(self._search.child(RUNS, _name(trial)))
+        failure = last_failure(failures(folder.record, mark_of(folder.claim)))
         error = trial.get_pickled_error()
         text = sentence(failure) if failure is not None else str(error).strip().splitlines()[-1]
         self._note(trial, "failed", text)

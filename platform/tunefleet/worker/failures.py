@@ -1,7 +1,8 @@
 """What an attempt died of, so that the next one knows whether to try again.
 
 Ray Train starts the workers anew after any exception, up to `max_failures` times. An error that would only come again
-is not worth that: a refusal, or the same exception at the same step twice. Then the new attempt ends at once.
+is not worth that: a refusal, or the same exception at the same step twice. Then the new attempt ends at once. What a
+rank says because another one was lost is an echo and says nothing of the next attempt.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from tunefleet.errors import Refused, RunFailed
+import torch.distributed as dist
+
+from tunefleet.errors import PeerFailed, Refused, RunFailed
 from tunefleet.storage import Place
 from tunefleet_strategies.contract import StrategyError
+
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,13 @@ class Failure:
     """Whether the recipe is at fault."""
     final: bool
     """Whether it would only come again."""
+    echo: bool = False
+    """Whether it only says that another rank was lost."""
 
     def repeats(self, other: Failure) -> bool:
         """Whether this is the same error at the same step."""
-        return (self.step, self.kind, self.message) == (other.step, other.kind, other.message)
+        same = (self.step, self.kind, self.message) == (other.step, other.kind, other.message)
+        return same and not self.echo
 
 
 def describe_failure(error: Exception, attempt: int, rank: int, step: int) -> Failure:
@@ -41,25 +49,37 @@ def describe_failure(error: Exception, attempt: int, rank: int, step: int) -> Fa
     refused = isinstance(error, Refused | StrategyError)
     known = refused or isinstance(error, RunFailed)
     message = str(error) if known else f"{type(error).__name__}: {error}"
-    return Failure(attempt, rank, step, type(error).__name__, message, refused, final=known)
+    return Failure(attempt, rank, step, type(error).__name__, message, refused, final=known, echo=is_echo(error))
 
 
-def record_failure(record: Place, failure: Failure) -> None:
+def is_echo(error: Exception) -> bool:
+    """Whether an error only says that another rank was lost: what `Seat` or torch's collectives raise then."""
+    if isinstance(error, PeerFailed | dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_CONNECTION)
+
+
+def record_failure(record: Place, mark: str, failure: Failure) -> None:
     """Keep a failure in a file of its own: several ranks may fail at once."""
     name = f"{failure.attempt:04d}_{failure.rank:04d}.json"
-    record.child("failures", name).write_text(json.dumps(asdict(failure), indent=2))
+    _folder(record, mark).child(name).write_text(json.dumps(asdict(failure), indent=2))
 
 
-def failures(record: Place) -> list[Failure]:
-    """All failures since the command was given, oldest attempt first, each attempt's lowest rank first."""
-    files = [file for file in record.child("failures").children() if file.name.endswith(".json")]
+def failures(record: Place, mark: str) -> list[Failure]:
+    """All failures since the command of this mark was given, oldest attempt first, each attempt's lowest rank first."""
+    files = [file for file in _folder(record, mark).children() if file.name.endswith(".json")]
     return [Failure(**json.loads(file.read_text())) for file in sorted(files, key=lambda file: file.name)]
 
 
 def last_failure(past: Sequence[Failure]) -> Failure | None:
-    """The newest attempt's failure: the one that was foreseen if there is one, else the lowest rank's."""
+    """The newest attempt's failure: the one that was foreseen if there is one, else the lowest rank's own."""
     newest = [failure for failure in past if failure.attempt == past[-1].attempt]
-    return next((failure for failure in newest if failure.final), newest[0] if newest else None)
+    return min(newest, key=lambda failure: (not failure.final, failure.echo, failure.rank), default=None)
+
+
+def _folder(record: Place, mark: str) -> Place:
+    """Of this command alone: workers that outlived another one may still fail."""
+    return record.child("failures", mark)
 
 
 def hopeless(past: Sequence[Failure]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import GenerationConfig
 
+from tunefleet.artifacts.claim import Claim
 from tunefleet.artifacts.fingerprints import fingerprint
 from tunefleet.models import causal_lm
 from tunefleet.storage import step_name
@@ -18,15 +19,21 @@ from tunefleet.worker.reporter import Reporter
 from tunefleet.worker.seat import Seat
 
 
-def finish(job: Job, seat: Seat, trainee: Trainee, data: OpenedData, reporter: Reporter) -> dict[str, str]:
-    """Write the model and the result. Returns the fingerprints of the final state. Collective."""
+def finish(
+    job: Job, seat: Seat, trainee: Trainee, data: OpenedData, reporter: Reporter, claim: Claim
+) -> dict[str, str]:
+    """Write the model and the result. Returns the fingerprints of the final state. Collective.
+
+    Raises:
+        Superseded: another command has taken the run over.
+    """
     prints = fingerprints(trainee.state) | {"data": _data_fingerprint(trainee, data)}
     best = reporter.best_step if job.plan.recipe.run.load_best_model_at_end else None
     if best is not None and best != reporter.step:
         reporter.notice(f"The model that is kept is that of step {best}, where eval_loss was lowest.")
         seat.together(lambda: _load_best(job, trainee, best))
     whole = trainee.engine.whole_model()
-    seat.together(lambda: _write_model(job, trainee, data, whole) if seat.leads else None)
+    seat.together(lambda: _write_model(job, trainee, data, whole, claim) if seat.leads else None)
     reporter.finish(prints)
     return prints
 
@@ -45,7 +52,7 @@ def _load_best(job: Job, trainee: Trainee, step: int) -> None:
         load_weights(Path(folder), trainee.state)
 
 
-def _write_model(job: Job, trainee: Trainee, data: OpenedData, model: nn.Module) -> None:
+def _write_model(job: Job, trainee: Trainee, data: OpenedData, model: nn.Module, claim: Claim) -> None:
     with tempfile.TemporaryDirectory(prefix="tunefleet-") as name:
         folder = Path(name)
         _set_stop_tokens(model, data)
@@ -53,6 +60,7 @@ def _write_model(job: Job, trainee: Trainee, data: OpenedData, model: nn.Module)
         if data.prepared.template_jinja:
             data.tokenizer.chat_template = data.prepared.template_jinja
         data.tokenizer.save_pretrained(str(folder))
+        claim.check()
         job.folder.model.upload(folder)
 
 

@@ -21,6 +21,8 @@ class JobConfig(TypedDict):
     """The handle of the mailbox's actor."""
     command: str
     """What repeats the run."""
+    mark: str
+    """Of the command, in the run's claim."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class Job:
     plan: Plan
     folder: RunFolder
     command: str
+    mark: str
 
 
 def read_job(config: JobConfig) -> Job:
     """Open what the driver packed."""
     plan = Plan.model_validate_json(config["plan"])
-    return Job(plan, RunFolder(place(config["run"])), config["command"])
+    return Job(plan, RunFolder(place(config["run"])), config["command"], config["mark"])

@@ -1,4 +1,4 @@
-"""The line between workers and driver: events one way, the wish to stop the other way.
+"""The line between workers and driver: events one way, what the driver wants the other way.
 
 `ray.train.report` is no such line: it is a barrier over all workers and takes about one report every two seconds.
 Events travel as bytes, so that the mailbox's process need not load what they are made of.
@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tunefleet.worker.termination import terminated
+
 if TYPE_CHECKING:
     from tunefleet.storage import Place
     from tunefleet.worker.events import Event
+    from tunefleet.worker.leaving import Wish
 
 _PUSH_INTERVAL_SECONDS = 0.2
 
@@ -26,20 +29,21 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._parcels: list[bytes] = []
-        self._stop = False
+        self._wish: Wish | None = None
 
-    def push(self, parcel: bytes) -> bool:
-        """Take events from a worker. Returns whether the run shall stop."""
+    def push(self, parcel: bytes) -> Wish | None:
+        """Take events from a worker. Returns what the driver wants."""
         self._parcels.append(parcel)
-        return self._stop
+        return self._wish
 
     def drain(self) -> list[bytes]:
         """Hand everything over to the driver."""
         parcels, self._parcels = self._parcels, []
         return parcels
 
-    def stop(self) -> None:
-        self._stop = True
+    def want(self, wish: Wish | None) -> None:
+        """Leave word for the workers."""
+        self._wish = wish
 
 
 def open_mailbox() -> Any:  # a Ray actor handle, which Ray does not type
@@ -74,7 +78,7 @@ class Sender:
         self._waiting: list[Event] = []
         self._answer: Any = None
         self._last_push = 0.0
-        self._stop = False
+        self._wish: Wish | None = None
 
     def send(self, event: Event) -> None:
         """Queue an event and push what has gathered, if the last push is long enough ago. Inactive ends drop it."""
@@ -84,14 +88,24 @@ class Sender:
         if time.monotonic() - self._last_push >= _PUSH_INTERVAL_SECONDS:
             self._push()
 
-    def should_stop(self) -> bool:
-        """Whether the driver has asked to stop, as far as this worker has heard. Never waits."""
+    def wish(self) -> Wish | None:
+        """What the driver wants, as far as this worker has heard. Never waits."""
         if self._active and time.monotonic() - self._last_push >= _PUSH_INTERVAL_SECONDS:
             self._push()
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._stop = self._stop or ray.get(self._answer)
+            self._wish = ray.get(self._answer)
             self._answer = None
-        return self._stop
+        return self._wish
+
+    def terminated(self) -> bool:
+        """Whether this process was sent SIGTERM."""
+        return terminated()
+
+    def preempted(self) -> bool:
+        """Whether Ray has a notice that a node of this run is about to be taken away. A barrier over all workers."""
+        from ray.train import get_preemption_info
+
+        return get_preemption_info() is not None
 
     def hand_over(self, checkpoint: Place, metrics: dict[str, Any]) -> None:
         """Give Ray Train a checkpoint by name: it is in storage already. A barrier over all workers."""
@@ -115,7 +129,7 @@ class Sender:
         if self._answer is not None and not ray.wait([self._answer], timeout=0)[0]:
             return
         if self._answer is not None:
-            self._stop = self._stop or ray.get(self._answer)
+            self._wish = ray.get(self._answer)
         self._answer = self._mailbox.push.remote(pack(self._waiting))
         self._waiting = []
         self._last_push = time.monotonic()

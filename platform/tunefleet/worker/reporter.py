@@ -33,9 +33,6 @@ class Line(Protocol):
     def send(self, event: Event) -> None:
         """Tell the driver, at some time soon."""
 
-    def should_stop(self) -> bool:
-        """Whether the driver wants this rank to stop."""
-
     def hand_over(self, checkpoint: Place, metrics: dict[str, Any]) -> None:
         """Tell Ray that a checkpoint is in storage. Collective."""
 
@@ -102,10 +99,6 @@ class Reporter:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def should_stop(self) -> bool:
-        """Whether the driver has asked this rank to stop."""
-        return self._sender.should_stop()
-
     def notice(self, *texts: str) -> None:
         """Tell the person something."""
         for text in texts:
@@ -135,11 +128,18 @@ class Reporter:
             self._recorder.evaluation(self.step, epoch, loss)
         self._sender.send(Evaluated(self.step, loss))
 
-    def saved(self, checkpoint: Place) -> None:
-        """A checkpoint of the present step is in storage. Collective."""
-        self.publish()
-        self._sender.send(Saved(self.step))
-        self._sender.hand_over(checkpoint, {"step": self.step, **self.summary()})
+    def saved(self, step: int) -> None:
+        """The checkpoint of a step is in storage."""
+        self._sender.send(Saved(step))
+
+    def hand_over(self, checkpoint: Place, metrics: dict[str, Any]) -> None:
+        """Tell Ray of a checkpoint that is in storage. Collective."""
+        self._sender.hand_over(checkpoint, metrics)
+
+    def copy(self, folder: Path) -> None:
+        """Copy the record as it stands, for storage, where it is not kept there already."""
+        if self._recorder is not None and self._scratch is not None:
+            shutil.copytree(self.folder, folder)
 
     def state(self) -> dict[str, int | float | None]:
         """What the checkpoint of the present step must carry of the record; empty on other ranks than 0."""

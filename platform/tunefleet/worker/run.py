@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunefleet.errors import RunFailed
+from tunefleet.artifacts.claim import Claim
+from tunefleet.errors import RunFailed, Superseded
 from tunefleet.worker.build import Trainee, build, open_data
 from tunefleet.worker.events import Arrived
 from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, record_failure
 from tunefleet.worker.finish import finish
 from tunefleet.worker.job import Job, JobConfig, read_job
+from tunefleet.worker.leaving import Leaving, Messages, Watch
 from tunefleet.worker.mailbox import Sender
 from tunefleet.worker.reporter import Reporter
-from tunefleet.worker.saving import save_checkpoint
+from tunefleet.worker.saving import Saver
 from tunefleet.worker.seat import Seat, check_seat, take_seat
 from tunefleet.worker.start import found_start
+from tunefleet.worker.termination import listen
 
 Ending = dict[str, Any]
-"""How an attempt ended: `stopped` or `failed`, and on rank 0 the numbers of the run."""
+"""How an attempt ended: `stopped`, `moved` with the reason, `failed`; on rank 0 with the numbers of the run."""
 
 
 def run_worker(config: JobConfig) -> Ending:
@@ -27,14 +30,18 @@ def run_worker(config: JobConfig) -> Ending:
     sender = Sender(config["mailbox"], active=seat.leads)
     sender.send(Arrived())
     try:
-        past = seat.from_leader(lambda: failures(job.folder.record))
+        past = seat.from_leader(lambda: failures(job.folder.record, job.mark))
     except RunFailed as error:  # the storage, which no note can be left in either
         return {"failed": True, "why": str(error)}
     if hopeless(past):
         return {"failed": True}
     reporter = Reporter(job, seat, sender)
     try:
-        return attempt(job, seat, reporter)
+        if job.plan.resumable:
+            listen()
+        return attempt(job, seat, reporter, sender)
+    except Superseded as error:  # the record is another command's now
+        return {"failed": True, "why": str(error)}
     except Exception as error:
         number = past[-1].attempt + 1 if past else 1
         failure = describe_failure(error, number, seat.rank, reporter.step)
@@ -47,40 +54,51 @@ def run_worker(config: JobConfig) -> Ending:
 def _noted(failure: Failure, job: Job) -> bool:
     """Keep a failure in the record, if that can still be written to."""
     try:
-        record_failure(job.folder.record, failure)
+        record_failure(job.folder.record, job.mark, failure)
     except (OSError, RunFailed):  # what befell the run befalls its note as well: a full disk, a store out of reach
         return False
     return True
 
 
-def attempt(job: Job, seat: Seat, reporter: Reporter) -> Ending:
-    """Train from the newest checkpoint to the end, or until the driver wants to stop."""
+def attempt(job: Job, seat: Seat, reporter: Reporter, messages: Messages) -> Ending:
+    """Train from the newest checkpoint to the end, or until something ends it early."""
     check_seat(job.plan, seat)
+    claim = Claim(job.folder.claim, job.mark)
+    seat.together(lambda: claim.take() if seat.leads else None)
     data = seat.together(lambda: open_data(job.plan))
     with found_start(job, seat) as start:
         trainee = build(job.plan, seat, data, start)
-    with reporter.open(trainee, data, start):
-        if not train(job, seat, trainee, reporter):
-            return {"stopped": True, **reporter.summary()}
-        prints = finish(job, seat, trainee, data, reporter)
-        return {"stopped": False, **reporter.summary(), "fingerprints": prints}
+    with reporter.open(trainee, data, start), Saver(job, seat, reporter, claim) as saver:
+        watch = Watch(
+            messages, seat, saver, resumable=job.plan.resumable, longest_gap=job.plan.cadence.preemption_notices
+        )
+        leaving = train(job, trainee, reporter, saver, watch)
+        if leaving is not None:
+            moved = leaving.why if leaving.moves else None
+            return {"stopped": not leaving.moves, "moved": moved, **reporter.summary()}
+        prints = finish(job, seat, trainee, data, reporter, claim)
+        return {"stopped": False, "moved": None, **reporter.summary(), "fingerprints": prints}
 
 
-def train(job: Job, seat: Seat, trainee: Trainee, reporter: Reporter) -> bool:
-    """Take the steps that are left; evaluate and save when the plan says so. Returns False if stopped on the way."""
+def train(job: Job, trainee: Trainee, reporter: Reporter, saver: Saver, watch: Watch) -> Leaving | None:
+    """Take the steps that are left; evaluate and save when the plan says so. Returns what ended it early."""
     cadence, last = job.plan.cadence, trainee.batches.updates
     if cadence.evaluates_at_start and reporter.step == 0:
         reporter.evaluated(0.0, trainee.evaluate())
-    for step in trainee.steps(reporter.should_stop):
+    for step in trainee.steps(watch.should_stop):
         reporter.stepped(step, trainee.engine.measurements)
         reporter.notice(*trainee.engine.messages())
         if is_due(step.step, cadence.evaluation) or (step.step == last and cadence.evaluates_at_end):
             reporter.evaluated(step.epoch, trainee.evaluate())
-        if is_due(step.step, cadence.saving) or (step.step == last and cadence.saving) or step.stopped:
-            save_checkpoint(job, seat, trainee, reporter)
-        if step.stopped:
-            return False
-    return True
+        leaving = watch.agreed() if step.stopped else watch.look(step.step)
+        if is_due(step.step, cadence.saving) or (step.step == last and cadence.saving) or leaving is not None:
+            saver.save(trainee)
+        saver.tell()
+        if leaving is not None and step.step < last:
+            saver.settle()
+            return leaving
+    saver.settle()  # all are in storage before the model is made of them
+    return None
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +14,16 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from tunefleet.errors import Refused, RunFailed
+from tunefleet.errors import PeerFailed, Refused, RunFailed, Superseded
 from tunefleet.places import too_many_workers
 from tunefleet.plan import Plan
 from tunefleet.training.determinism import pin
+from tunefleet_strategies.contract import StrategyError
 
 _T = TypeVar("_T")
+
+_LONGEST_UPLOAD = timedelta(days=1)
+"""How long ranks wait for the slowest of them to bring its files: a rank that dies meanwhile is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class Seat:
     """The number of this node among those of the run."""
     node_id: str = ""
     """Ray's name of this node."""
+    group: dist.ProcessGroup | None = None
+    """Where the ranks talk; None = where the training does."""
+
+    def aside(self) -> Seat:
+        """The same ranks on a line of their own, for a thread beside the training. Collective."""
+        if self.world == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=_LONGEST_UPLOAD))
 
     @property
     def leads(self) -> bool:
@@ -48,7 +61,7 @@ class Seat:
         """
         box: list[Any] = [self.together(lambda: work() if self.leads else None)]
         if self.world > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.group)
         told: _T = box[0]
         return told
 
@@ -61,7 +74,7 @@ class Seat:
         own = self.together(work)
         told: list[Any] = [own] * self.world
         if self.world > 1:
-            dist.all_gather_object(told, own)
+            dist.all_gather_object(told, own, group=self.group)
         return told
 
     def from_node(self, work: Callable[[], _T]) -> _T:
@@ -80,7 +93,7 @@ class Seat:
 
         Raises:
             Exception: what `work` raised here.
-            Refused, RunFailed: what it raised on another rank.
+            Refused, RunFailed, Superseded, PeerFailed: what it raised on another rank.
         """
         error: Exception | None = None
         result: Any = None
@@ -88,17 +101,26 @@ class Seat:
             result = work()
         except Exception as caught:  # raised again below, once every rank knows
             error = caught
-        told: list[tuple[bool, str] | None] = [None] * self.world
+        told: list[tuple[type[Exception], str] | None] = [None] * self.world
         if self.world > 1:
-            dist.all_gather_object(told, None if error is None else (isinstance(error, Refused), str(error)))
+            own = None if error is None else (_echo(error), str(error))
+            dist.all_gather_object(told, own, group=self.group)
         if error is not None:
             raise error
         for rank, failed in enumerate(told):
             if failed is not None:
-                refused, message = failed
-                raise (Refused if refused else RunFailed)(f"Rank {rank} failed: {message}")
+                kind, message = failed
+                raise kind(f"Rank {rank} failed: {message}")
         finished: _T = result
         return finished
+
+
+def _echo(error: Exception) -> type[Exception]:
+    """What an error is on the ranks that did not meet it."""
+    if isinstance(error, Refused | StrategyError):
+        return Refused
+    known = (kind for kind in (Superseded, RunFailed) if isinstance(error, kind))
+    return next(known, PeerFailed)
 
 
 def take_seat(plan: Plan) -> Seat:
@@ -146,5 +168,7 @@ def check_seat(plan: Plan, seat: Seat) -> None:
     if too_many is not None:
         most = plan.recipe.method.traits().max_workers
         raise Refused(f"{too_many}, but Ray started {seat.world}: write ray_num_workers: {most}.")
-    if seat.world != plan.workers.count:
-        raise RunFailed(f"Ray started {seat.world} worker(s) where the plan has {plan.workers.count}.")
+    workers = plan.workers
+    if not workers.least <= seat.world <= workers.count:
+        planned = f"{workers.least} to {workers.count}" if workers.elastic else str(workers.count)
+        raise RunFailed(f"Ray started {seat.world} worker(s) where the plan has {planned}.")

@@ -1,0 +1,100 @@
+"""Ray Train's part of a run: it starts the workers, and starts them anew when they fail."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.result import Result
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.launch.placement import run_config, scaling
+from tunefleet.plan import Plan
+from tunefleet.storage import Place
+from tunefleet.worker.failures import failures, last_failure
+from tunefleet.worker.job import JobConfig
+from tunefleet.worker.run import run_worker
+
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_ELASTIC_START_SECONDS = "20"
+"""Ray needs 16 s to see that a node is dead and waits for workers on it until then; after this it counts again."""
+
+
+def start_fit(plan: Plan, storage: Place, config: JobConfig) -> Fit:
+    """Start the workers of a run, and start them anew when they fail, until Ray gives up or they return."""
+    fit = Fit(plan, _trainer(plan, storage, config))
+    fit.start()
+    return fit
+
+
+def _trainer(plan: Plan, storage: Place, config: JobConfig) -> TorchTrainer:
+    function: Any = run_worker  # Ray's types know no function that returns something
+    return TorchTrainer(
+        function,
+        train_loop_config=dict(config),
+        scaling_config=scaling(plan),
+        run_config=run_config(plan, storage, config["mailbox"]),
+        torch_config=TorchConfig(timeout_s=plan.recipe.ray.ddp_timeout),
+    )
+
+
+@contextmanager
+def _patience(plan: Plan) -> Iterator[None]:
+    """How long Ray waits for the places of its workers: of an elastic run not longer than for bad news of a node."""
+    if not plan.workers.elastic or _START_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[_START_TIMEOUT] = _ELASTIC_START_SECONDS  # Ray hands it to its controller
+    try:
+        yield
+    finally:
+        del os.environ[_START_TIMEOUT]
+
+
+class Fit(threading.Thread):
+    """`TorchTrainer.fit` off the main thread, which must stay free for signals."""
+
+    def __init__(self, plan: Plan, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True, name="fit")
+        self._plan = plan
+        self._trainer = trainer
+        self._result: Result | None = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            with _patience(self._plan):
+                result: Any = self._trainer.fit()  # Ray declares the older of its two results
+            self._result = result
+        except Exception as error:  # handed over to the main thread, which raises it
+            self._error = error
+
+    def ending(self) -> dict[str, Any] | None:
+        """What rank 0 returned; None where it failed."""
+        returned: Any = None if self._result is None else self._result.return_value
+        return returned if isinstance(returned, dict) and "failed" not in returned else None
+
+    def summary(self, folder: RunFolder, mark: str) -> dict[str, Any]:
+        """What rank 0 returned.
+
+        Raises:
+            Refused: the workers found that the recipe cannot run.
+            RunFailed: anything else went wrong.
+        """
+        ending = self.ending()
+        if ending is not None:
+            return ending
+        failure = last_failure(failures(folder.record, mark))
+        if failure is not None and failure.refused:
+            raise Refused(failure.message)
+        returned: Any = None if self._result is None else self._result.return_value
+        if isinstance(returned, dict) and returned.get("why"):
+            raise RunFailed(str(returned["why"]))
+        if failure is not None:
+            raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from self._error
+        raise RunFailed(f"The run failed before its first step: {self._error}") from self._error
