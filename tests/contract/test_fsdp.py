@@ -46,11 +46,10 @@ BF16_CELLS = [
 ]
 
 
-def _pair(folder: Path, share: str) -> list[dict[Any, Any]]:
+def _pair(folder: Path, *more: str, module: str = "tests.contract.sharded_pair") -> list[dict[Any, Any]]:
     path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    module = "tests.contract.sharded_pair"
-    commands = [[sys.executable, "-m", module, str(rank), str(folder), share] for rank in (0, 1)]
+    commands = [[sys.executable, "-m", module, str(rank), str(folder), *more] for rank in (0, 1)]
     processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
     try:
         errors = [process.communicate(timeout=600)[1] for process in processes]
@@ -184,6 +183,14 @@ def test_no_more_than_a_share_is_in_memory_while_loading(seen: Seen) -> None:
     whole = local_bytes(p.detach() for p in build(ARCHITECTURES["llama"]).parameters())
     for rank in seen("loading"):
         assert 0.4 * whole <= rank["kept"] <= rank["most"] <= 0.6 * whole
+
+
+@pytest.mark.slow
+def test_the_system_sees_no_more_than_a_share_either(tmp_path: Path) -> None:
+    """Rank 0 has just made the whole model, so some of its memory may be reused; rank 1 starts from nothing."""
+    _, second = _pair(tmp_path, module="tests.contract.sharded_load")
+    assert second["whole"] > 3e8
+    assert 0.4 * second["whole"] <= second["kept"] <= second["most"] <= 0.6 * second["whole"]
 
 
 def test_ranks_agree_on_what_one_of_them_knows(seen: Seen) -> None:
