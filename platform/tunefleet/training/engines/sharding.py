@@ -59,13 +59,8 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], precision: Precision, d
 @torch.no_grad()
 def fill(model: nn.Module, rows: Rows, device: torch.device) -> None:
     """Give every parameter memory for this rank's rows, and the rows."""
-    alike = _names_of_each(model)
+    # Tied parameters stay tied: torch swaps the contents of a DTensor and keeps the object.
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
-    for names in alike:  # `_apply` made a new parameter of each name of a tied one
-        shared = model.get_parameter(names[0])
-        for name in names[1:]:
-            path, _, own = name.rpartition(".")
-            model.get_submodule(path).register_parameter(own, shared)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), "fully_shard left a parameter whole"
         mesh = parameter.device_mesh
@@ -109,11 +104,3 @@ def _shares(part: nn.Module, model: nn.Module) -> bool:
         if module not in inside
         for parameter in module.parameters(recurse=False)
     )
-
-
-def _names_of_each(model: nn.Module) -> list[list[str]]:
-    """The names of every parameter, the first one being that of the module which `fully_shard` takes for its owner."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
