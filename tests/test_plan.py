@@ -248,7 +248,7 @@ def test_parts_of_a_cpu_are_counted_without_rounding_down() -> None:
         ({"deepspeed": "ds.json"}, ["deepspeed", "leave the key out"]),
         (
             {"sharding": "fsdp2", "finetuning_type": "lora", "pissa_init": True},
-            ["sharded by ZeRO-0", "sharding is fsdp2", "write sharding: none"],
+            ["lora with pissa_init: true is sharded by ZeRO-0", "sharding is fsdp2", "write sharding: none"],
         ),
         ({"sharding": "fsdp2", "fp16": True}, ["fp16", "sharding is fsdp2", "bf16: true"]),
         ({"fp16": True}, ["fp16", "CPU", "bf16: true"]),

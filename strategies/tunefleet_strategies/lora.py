@@ -141,9 +141,14 @@ class Lora(Strategy):
     def traits(self) -> Traits:
         """Any number of workers. What reads or rewrites whole base weights at the start cannot have them sharded."""
         shardings: frozenset[Sharding] = frozenset({"zero0", "zero1", "zero2"})
-        if not (self.pissa_init or self.merged):
+        limit = None
+        if self.pissa_init:
+            limit = "pissa_init: true"
+        elif self.merged:
+            limit = "merged adapters in adapter_name_or_path"
+        else:
             shardings |= {"zero3", "fsdp2"}
-        return Traits(shardings=shardings, trains_base=False)
+        return Traits(shardings=shardings, limited_by=limit, trains_base=False)
 
     def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:
         """Merge earlier adapters, then put factors beside the targets; only they and additional modules train.
