@@ -84,7 +84,7 @@ class TuneSettings(Settings):
         None, ge=1, description="Trials, equal ones counted once; unset: 10. A grid runs all of its points."
     )
     search: Literal["grid", "random", "optuna", "hyperopt", "bohb"] = Field(
-        "optuna", description="How points are chosen."
+        "optuna", description="How points are chosen; `bohb` is refused until whole searches by it are tested."
     )
     scheduler: Literal["none", "asha", "hyperband", "median"] = Field(
         "none", description="Which trials are stopped before their end."
