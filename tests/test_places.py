@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from tests.contract.variants import FSDP2, SHARED, VARIANTS
+from tests.worker.zero_cells import METHODS, QUICK, SLOW
 
 from tunefleet.places import SITES, Cell, Line, matrix, matrix_markdown, refusal
+from tunefleet.recipe.read import read_flat
 from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import Strategy
 from tunefleet_strategies.full import Full
@@ -16,6 +18,12 @@ from tunefleet_strategies.registry import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = list(matrix())
+RECIPE: dict[str, object] = {
+    "model_name_or_path": "base",
+    "dataset": "rows.jsonl",
+    "output_dir": "out",
+    "finetuning_type": "full",
+}
 RUN_ELSEWHERE = {
     ("galore", "optimizer_backend: upstream"),
     ("badam", "optimizer_backend: upstream"),
@@ -47,8 +55,9 @@ def test_forms_differ_in_their_traits() -> None:
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.method} {line.form}".strip())
 def test_every_yes_is_run_by_a_test(line: Line) -> None:
     """The contract tests run the variants: all of them on one worker, SHARED on two, FSDP2 on two that share out."""
-    said = {cell.place for cell in line.cells if cell.refusal is None}
-    assert said <= {"1 worker", "data parallel", "FSDP2"}
+    everywhere = {cell.place for cell in line.cells if cell.refusal is None}
+    said = everywhere & {"1 worker", "data parallel", "FSDP2"}
+    assert everywhere - said == run_under_zero(line)
     if (line.method, line.form) in RUN_ELSEWHERE:
         assert said == {"1 worker"}
         return
@@ -58,6 +67,15 @@ def test_every_yes_is_run_by_a_test(line: Line) -> None:
     assert alike
     assert ("data parallel" in said) == bool(alike & {name for name, _ in SHARED})
     assert ("FSDP2" in said) == bool(alike & {name for name, _ in FSDP2})
+
+
+def run_under_zero(line: Line) -> set[str]:
+    """The stages that tests/worker/test_zero.py runs a method at; its forms differ from it by where they do not run."""
+    cells = [*QUICK.values(), *SLOW.values()]
+    stages = {
+        stage for name, stage in cells if not line.form and read_flat(RECIPE | METHODS[name]).method.name == line.method
+    }
+    return {f"ZeRO-{stage}" for stage in stages}
 
 
 def key(strategy: Strategy) -> tuple[str, object]:

@@ -245,7 +245,13 @@ def test_parts_of_a_cpu_are_counted_without_rounding_down() -> None:
             {"ray_num_workers": [1, 3], "save_only_model": True},
             ["ray_num_workers: [1, 3]", "save_only_model: true", "write save_only_model: false"],
         ),
-        ({"deepspeed": "ds.json"}, ["deepspeed", "leave the key out"]),
+        ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "name a JSON file"]),
+        ({"use_galore": True, "deepspeed": "zero3"}, ["galore does not run", "leave the key out"]),
+        ({"use_badam": True, "deepspeed": "zero2"}, ["badam is sharded by FSDP2 and ZeRO-3 only", "asks for ZeRO-2"]),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 7}},
+            ["train_micro_batch_size_per_gpu is 7", "per_device_train_batch_size is 8"],
+        ),
         (
             {"sharding": "fsdp2", "finetuning_type": "lora", "pissa_init": True},
             ["lora with pissa_init: true is sharded by ZeRO-0", "sharding is fsdp2", "write sharding: none"],

@@ -25,6 +25,7 @@ def mathematics(plan: Plan) -> dict[str, JsonValue]:
     kept = {key: value for key, value in flat.items() if key not in free}
     kept["ray_num_workers"] = recipe.ray.max_workers  # an elastic run has the batches of its most
     kept["precision"] = plan.precision.model_dump()
+    kept["deepspeed"] = plan.deepspeed  # its content, wherever it was written
     kept["training rows"] = plan.data.train_sha256 if plan.data else None
     return kept
 

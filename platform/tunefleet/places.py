@@ -29,7 +29,7 @@ SITES = (
     Site("FSDP2", 2, "fsdp2"),
 )
 
-BUILT: frozenset[Sharding] = frozenset({"fsdp2"})
+BUILT: frozenset[Sharding] = frozenset({"zero0", "zero1", "zero2", "zero3", "fsdp2"})
 """The sharding engines that there are."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer
@@ -15,13 +16,14 @@ from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
-from tunefleet.places import too_many_workers, unsharded_only, why_not_sharded
+from tunefleet.places import in_words, too_many_workers, unsharded_only, why_not_sharded
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.settings import Settings
 from tunefleet.shapes import ClusterShape, DataShape
+from tunefleet.training import deepspeed_config
 from tunefleet.training.precision import resolve
-from tunefleet_strategies.contract import ModelShape, Precision, Sharding, Traits
+from tunefleet_strategies.contract import Footprint, ModelShape, Precision, Sharding, Traits
 
 
 class WorkerPlan(Settings):
@@ -126,6 +128,8 @@ class Plan(Settings):
     workers: WorkerPlan
     sharding: Sharding | None
     """The engine that shares weights or optimizer state out over the workers; None = each holds everything."""
+    deepspeed: dict[str, Any] | None
+    """DeepSpeed's configuration, everything filled in; None where it does not run."""
     precision: PrecisionPlan
     batch: BatchPlan
     cadence: CadencePlan
@@ -165,6 +169,7 @@ def make_plan(
         recipe=recipe,
         workers=workers,
         sharding=sharding,
+        deepspeed=_deepspeed(recipe, traits, model, precision, batch, workers),
         precision=PrecisionPlan(
             compute=_dtype_name(precision.compute),
             trainable=_dtype_name(precision.trainable),
@@ -172,7 +177,7 @@ def make_plan(
         ),
         batch=batch,
         cadence=_cadence_plan(recipe, batch),
-        model=_model_plan(recipe, model, precision, workers.count if sharding == "fsdp2" else 1),
+        model=_model_plan(recipe, traits, model, precision, sharding, workers.count),
         data=_data_plan(data),
         place=PlacePlan(
             run_name=recipe.run_name,
@@ -189,6 +194,7 @@ def make_plan(
             *_clipping_notices(recipe, traits),
             *_room_notices(recipe, workers, cluster),
             *_warmup_notices(batch),
+            *_sharding_notices(sharding),
         ),
     )
 
@@ -251,7 +257,11 @@ def _sharding(recipe: Recipe, traits: Traits) -> Sharding | None:
     if training.deepspeed is not None:
         if not traits.shardings:
             raise Refused(f"{unsharded_only(recipe.method)}, but deepspeed is written: leave the key out {mend}.")
-        raise Refused(f"deepspeed is read, but there is no engine for it yet: leave the key out {mend}.")
+        stage = deepspeed_config.sharding_of(_deepspeed_content(recipe))
+        why = why_not_sharded(recipe.method, stage)
+        if why is not None:
+            raise Refused(f"{why}, but deepspeed asks for {in_words(stage)}: leave the key out {mend}.")
+        return stage
     if training.sharding == "none":
         return None
     why = why_not_sharded(recipe.method, training.sharding)
@@ -280,6 +290,41 @@ def _refuse_elastic(recipe: Recipe, workers: WorkerPlan, sharding: Sharding | No
             f"{asked} goes on from checkpoints when the workers change, and save_only_model: true writes none to go on "
             f"from: write save_only_model: false, or ray_num_workers: {workers.count}."
         )
+
+
+def _deepspeed_content(recipe: Recipe) -> dict[str, Any]:
+    """What `deepspeed:` means. A path is read where the plan is drafted, so here it is a mapping or a name."""
+    written = recipe.training.deepspeed
+    assert written is not None
+    if isinstance(written, str) and written not in deepspeed_config.NAMED:
+        raise Refused(f"deepspeed: {written} has not been read: name a JSON file that lies on this machine.")
+    return deepspeed_config.read(written, Path())
+
+
+def _deepspeed(
+    recipe: Recipe, traits: Traits, model: ModelShape, precision: Precision, batch: BatchPlan, workers: WorkerPlan
+) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, filled in from what has been decided."""
+    if recipe.training.deepspeed is None:
+        return None
+    numbers = deepspeed_config.Numbers(
+        micro_batch=batch.micro_batch_samples,
+        accumulation=batch.accumulation,
+        workers=workers.count,
+        max_grad_norm=recipe.training.max_grad_norm,
+        compute=_dtype_name(precision.compute),
+        # Whatever trains in turns has a master copy for as long as its turn, so only its passes may need converting.
+        pure=recipe.training.pure_bf16 and not traits.in_turns,
+        autocast=precision.autocast and traits.in_turns,
+        hidden_size=model.hidden_size,
+    )
+    return deepspeed_config.fill(_deepspeed_content(recipe), numbers)
+
+
+def _sharding_notices(sharding: Sharding | None) -> list[str]:
+    if sharding != "zero0":
+        return []
+    return ["Stage 0 of ZeRO shares nothing out: the run is plain data parallelism, and DeepSpeed itself does not run."]
 
 
 def _clipping_notices(recipe: Recipe, traits: Traits) -> list[str]:
@@ -402,9 +447,33 @@ def _cadence_plan(recipe: Recipe, batch: BatchPlan) -> CadencePlan:
     )
 
 
-def _model_plan(recipe: Recipe, model: ModelShape, precision: Precision, parts: int) -> ModelPlan:
-    """Figures of a worker, which holds one of so many parts of everything."""
+def _under_zero(
+    whole: Footprint, model: ModelShape, precision: Precision, traits: Traits, stage: int, workers: int
+) -> Footprint:
+    """What each worker holds under a stage of ZeRO, from what one worker would hold without."""
+    entries = whole.gradients // precision.trainable.itemsize  # that train at a time
+    pure = precision.trainable.itemsize < 4
+    has_masters = pure and traits.in_turns  # in the footprint already
+    mixed = precision.autocast and not traits.in_turns  # 16-bit weights, fp32 masters
+    weights = model.total * precision.compute.itemsize if mixed else whole.weights
+    # DeepSpeed keeps masters beside fp32 weights too, and sums gradients in their format.
+    format_bytes = 2 if pure and not traits.in_turns else 4
+    state = whole.optimizer_state + (0 if has_masters else entries * format_bytes)
+    return Footprint(
+        weights=math.ceil(weights / (workers if stage == 3 else 1)),
+        gradients=math.ceil(entries * format_bytes / (workers if stage >= 2 else 1)),
+        optimizer_state=math.ceil(state / workers),
+    )
+
+
+def _model_plan(
+    recipe: Recipe, traits: Traits, model: ModelShape, precision: Precision, sharding: Sharding | None, workers: int
+) -> ModelPlan:
+    """Figures of one worker."""
     footprint = recipe.method.footprint(model, precision)
+    parts = workers if sharding == "fsdp2" else 1
+    if sharding in ("zero1", "zero2", "zero3"):
+        footprint = _under_zero(footprint, model, precision, traits, int(sharding[-1]), workers)
     return ModelPlan(
         architecture=model.architecture,
         parameters=model.total,

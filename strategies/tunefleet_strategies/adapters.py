@@ -48,7 +48,7 @@ def attach_adapter(settings: Lora, model: nn.Module, context: AttachContext) -> 
         if settings.continued is not None:
             adapted = continue_adapter(base, settings.continued)
         else:
-            adapted = new_adapter(settings, base)
+            adapted = new_adapter(settings, base, context)
         if settings.pissa_init:
             pissa.split(adapted, settings.pissa_iter, context)
     hold(adapted, context.precision)
@@ -158,14 +158,16 @@ def write_chain(model: PeftModel, folder: Path, merged: Sequence[str]) -> None:
 # --- a new adapter ---------------------------------------------------------------------------------------------------
 
 
-def new_adapter(settings: Lora, model: PreTrainedModel) -> PeftModel:
+def new_adapter(settings: Lora, model: PreTrainedModel, context: AttachContext) -> PeftModel:
     """Put fresh factors beside the targets (B = 0, so the model computes what it did).
 
     Raises:
         StrategyError: a target matches nothing, or cannot be adapted in the way asked.
     """
     place = placement(settings, model)
-    adapted = _adapted(model, _config(settings, model, place))
+    copied = [p for path in place.additional for p in model.get_submodule(path).parameters()]
+    with context.gather(copied):
+        adapted = _adapted(model, _config(settings, model, place))
     _check_placed(adapted, place)
     return adapted
 

@@ -153,7 +153,7 @@ class BAdam(Strategy):
         if upstream:
             # Its random order comes from the global random state, which differs between workers.
             return Traits(max_workers=1, limited_by="optimizer_backend: upstream", resumable=False, optimizers=ADAMW)
-        return Traits(shardings=frozenset({"zero3", "fsdp2"}), optimizers=ADAMW)
+        return Traits(shardings=frozenset({"zero3", "fsdp2"}), optimizers=ADAMW, in_turns=True)
 
     def attach(self, model: nn.Module, context: AttachContext) -> nn.Module:
         """Make everything trainable that some block has; the optimizer narrows it to one block at a time.

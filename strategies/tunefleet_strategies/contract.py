@@ -7,7 +7,8 @@ loop can load a model, call `attach`, build the optimizer and train.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +52,9 @@ class Traits:
     """Whether the optimizer state can be saved."""
     optimizers: frozenset[OptimizerName] = ADAMW | {"sgd"}
     """Values of `optim` that the method can carry out."""
+    in_turns: bool = False
+    """Whether parts of the model train in turns, each with state of its own for as long (then the optimizer is an
+    `InTurns`)."""
     trains_base: bool = True
     """Whether weights of the base model itself change (full, freeze); False: the base stays as it is (LoRA)."""
 
@@ -78,6 +82,9 @@ class AttachContext:
     """Whether this process's values count. The others receive them by broadcast, so they may skip costly work."""
     initial: Mapping[str, Tensor] | None = None
     """What `initial_state` returned when the run began; None when it begins now."""
+    gather: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]] = lambda _: nullcontext()
+    """Inside it the named parameters have their whole values, and what the source writes into them is kept. Entered on
+    every process alike. Weights that are shared out over processes have their shapes outside it, and no values."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,29 @@ class MethodOptimizer(Optimizer):
         Asked only when they are written, so whatever waits for the device belongs here and not in `step`.
         """
         return {}
+
+
+class InTurns(MethodOptimizer, ABC):
+    """An optimizer that trains one part of the parameters for some updates, then another, each time with fresh state.
+
+    Whoever owns the updates itself (an engine that shares state out) takes `turn_optimizer` for each turn, calls
+    `advance` after every update that it has applied, and never calls `step`.
+    """
+
+    updates: int
+    """Updates applied."""
+
+    @abstractmethod
+    def turn_optimizer(self) -> Optimizer:
+        """A plain optimizer over what trains now, without state. Its groups are named as those of this one."""
+
+    @abstractmethod
+    def advance(self) -> bool:
+        """Count an update. True = another turn begins with the next one, and what trains has been narrowed to it."""
+
+    @abstractmethod
+    def stand_at(self, updates: int) -> None:
+        """Narrow what trains to the turn that stands after so many updates."""
 
 
 @dataclass(frozen=True)

@@ -139,13 +139,14 @@ class Lora(Strategy):
         return adapters[-1] if adapters and not self.create_new_adapter else None
 
     def traits(self) -> Traits:
-        """Any number of workers. What reads or rewrites whole base weights at the start cannot have them sharded."""
+        """Any number of workers. What rewrites whole base weights at the start cannot have them sharded as it likes."""
         shardings: frozenset[Sharding] = frozenset({"zero0", "zero1", "zero2"})
         limit = None
-        if self.pissa_init:
-            limit = "pissa_init: true"
-        elif self.merged:
+        if self.merged:
             limit = "merged adapters in adapter_name_or_path"
+        elif self.pissa_init:
+            limit = "pissa_init: true"
+            shardings |= {"zero3"}  # where it gathers one matrix at a time
         else:
             shardings |= {"zero3", "fsdp2"}
         return Traits(shardings=shardings, limited_by=limit, trains_base=False)

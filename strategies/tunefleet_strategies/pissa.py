@@ -90,7 +90,7 @@ def split(model: PeftModel, iterations: int, context: AttachContext) -> None:
         StrategyError: the rank exceeds a weight's smaller side, or the initial factors are not this model's.
     """
     for one in splits(model):
-        rank, side = one.a.weight.shape[0], min(one.weight.shape)
+        rank, side = one.a.weight.shape[0], min(one.a.in_features, one.b.out_features)
         if rank > side:
             raise StrategyError(
                 f"pissa_init: lora_rank {rank} exceeds the smaller side {side} of {one.path}, which has no more "
@@ -101,6 +101,11 @@ def split(model: PeftModel, iterations: int, context: AttachContext) -> None:
 
 
 def _split_one(one: Split, iterations: int, context: AttachContext) -> None:
+    with context.gather([one.layer.get_base_layer().get_parameter("weight")]):
+        _split_whole(one, iterations, context)
+
+
+def _split_whole(one: Split, iterations: int, context: AttachContext) -> None:
     held = context.precision.trainable
     weight = one.weight  # (m, n)
     if context.initial is not None:

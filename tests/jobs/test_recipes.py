@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ PROMISED = {
     "pretrain": "full",
     "full_sft": "full",
     "full_sft_fsdp2": "full",
+    "full_sft_zero3": "full",
     "freeze_sft": "freeze",
     "lora_sft": "lora",
     "loraplus_sft": "lora",
@@ -33,14 +33,13 @@ PROMISED = {
 }
 
 
-@contextmanager
-def group_of_one(folder: Path) -> Iterator[None]:
-    """The process group that Ray gives a worker, also a single one."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture
+def group_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What Ray gives a single worker too, and DeepSpeed asks for."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -72,7 +71,9 @@ def test_no_two_recipes_share_a_run() -> None:
 
 
 @by_name
-def test_recipe_trains_three_steps(path: Path, tmp_path: Path, quickstart_world: Path, tiny_model: Path) -> None:
+def test_recipe_trains_three_steps(
+    path: Path, tmp_path: Path, quickstart_world: Path, tiny_model: Path, group_of_one: None
+) -> None:
     recipe = read_recipe(
         path,
         [
@@ -90,8 +91,7 @@ def test_recipe_trains_three_steps(path: Path, tmp_path: Path, quickstart_world:
             "per_device_train_batch_size=2",
         ],
     )
-    with group_of_one(tmp_path):
-        finished = run_alone(recipe, tmp_path)
+    finished = run_alone(recipe, tmp_path)
     assert not finished.ending["stopped"]
     run = Path(finished.folder.root.uri)
     losses = [line["loss"] for line in read_metrics(run / "record" / "metrics.jsonl")]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.training.deepspeed_files import FILES
 
+from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
 from tunefleet.launch.draft import data_shape, draft, tokenised
@@ -210,3 +212,23 @@ def test_the_plan_names_the_blocks_that_the_run_will_not_train(quickstart_world:
         assert f"never train model.layers.{1 - first} in 10 updates" in text
         told.add(first)
     assert told == {0, 1}
+
+
+def test_a_deepspeed_file_travels_as_its_content(quickstart_world: Path, tmp_path: Path) -> None:
+    """A worker never needs the file; the same content under another name is the same run, another content is not."""
+    content = FILES["ds_z3_config"]
+    for name, written in (("a", content), ("b", content), ("c", content | {"communication_data_type": "bf16"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(written))
+    plans = {
+        value: draft(recipe(quickstart_world, tmp_path / "cache", deepspeed=value), LAPTOP, tmp_path, with_data=False)
+        for value in ("a.json", "b.json", "c.json", "zero3")
+    }
+    first = plans["a.json"]
+    assert first.sharding == "zero3"
+    assert first.recipe.training.deepspeed == content
+    again = Plan.model_validate_json(first.model_dump_json())
+    assert again.deepspeed == first.deepspeed
+    assert differences(mathematics(first), mathematics(plans["b.json"])) == []
+    changed = differences(mathematics(first), mathematics(plans["c.json"]))
+    assert [line.partition(":")[0] for line in changed] == ["deepspeed"]
+    assert plans["zero3"].sharding == "zero3"

@@ -41,6 +41,8 @@ RATIO: dict[str, object] = {**BADAM, "badam_mode": "ratio", "badam_update_ratio"
 
 METHODS: dict[str, dict[str, object]] = {
     "full": {"finetuning_type": "full"},
+    "full_zero3": {"finetuning_type": "full", "deepspeed": "zero3"},
+    "lora_zero2": {"finetuning_type": "lora", "lora_dropout": 0.1, "deepspeed": "zero2"},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "lora_dropout": {"finetuning_type": "lora", "lora_dropout": 0.2},
     "dora": {"finetuning_type": "lora", "use_dora": True},
@@ -58,6 +60,7 @@ METHODS: dict[str, dict[str, object]] = {
     | {"galore_proj_type": "left", "bf16": None, "pure_bf16": True, "bf16_rounding": "stochastic"},
     "galore_full": GALORE | {"galore_proj_type": "full"},
     "badam_ascending": BADAM | {"pure_bf16": True, "bf16": None},
+    "badam_zero3": BADAM | {"pure_bf16": True, "bf16": None, "deepspeed": "zero3"},
     "badam_descending": BADAM | {"badam_switch_mode": "descending"},
     "badam_random": BADAM | {"badam_switch_mode": "random", "badam_start_block": 1},
     "badam_fixed": BADAM | {"badam_switch_mode": "fixed", "badam_start_block": 2},

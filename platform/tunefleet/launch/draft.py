@@ -12,6 +12,7 @@ from tunefleet.models import load_tokenizer, meta_model, model_shape
 from tunefleet.plan import Plan, make_plan, planned_precision
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, DataShape, SplitShape
+from tunefleet.training import deepspeed_config
 from tunefleet_strategies.contract import AttachContext
 
 Stages = Callable[[str, int, int], None]
@@ -27,6 +28,7 @@ def draft(
         Refused: data, model or cluster do not allow the run.
         StrategyError: the method cannot do this on this model.
     """
+    recipe = _with_deepspeed_read(recipe, root)
     context = AttachContext(precision=planned_precision(recipe, cluster))
     model = recipe.method.attach(meta_model(recipe.model), context)
     shape = model_shape(model)
@@ -37,6 +39,19 @@ def draft(
         made = make_plan(recipe, shape, data_shape(prepared), cluster, str(root), _data_notices(prepared))
     told = recipe.method.notices(model, made.batch.updates, recipe.training.seed)
     return made.model_copy(update={"notices": (*made.notices, *told)})
+
+
+def _with_deepspeed_read(recipe: Recipe, root: Path) -> Recipe:
+    """The recipe with the content of its DeepSpeed file in the path's place: no worker needs to have the file.
+
+    Raises:
+        Refused: there is no such file, or it holds no JSON.
+    """
+    written = recipe.training.deepspeed
+    if not isinstance(written, str) or written in deepspeed_config.NAMED:
+        return recipe
+    training = recipe.training.model_copy(update={"deepspeed": deepspeed_config.read(written, root)})
+    return recipe.model_copy(update={"training": training})
 
 
 def tokenised(recipe: Recipe, stages: Stages | None = None) -> PreparedData:

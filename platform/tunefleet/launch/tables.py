@@ -9,7 +9,7 @@ from rich.text import Text
 
 from tunefleet.data.prepare import PreparedData
 from tunefleet.launch.doctor import Finding
-from tunefleet.places import SITES, Line, marked
+from tunefleet.places import SITES, Line, in_words, marked
 from tunefleet.plan import Plan, WorkerPlan
 from tunefleet_strategies.contract import Strategy
 
@@ -35,6 +35,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
             "numbers",
             f"compute {plan.precision.compute}, trains {plan.precision.trainable}, frozen {plan.precision.frozen}",
         ),
+        ("shared out by", "nothing" if plan.sharding is None else in_words(plan.sharding)),
         ("model", f"{model.architecture}, {model.parameters:,} parameters"),
         ("trainable", f"{model.trainable_parameters:,} ({model.trainable_parameters / model.parameters:.2%})"),
         ("memory a worker", _memory(plan)),
@@ -58,9 +59,9 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     data = plan.data
     if data is not None:
-        rows.insert(6, ("training data", f"{data.train_rows:,} rows, {data.train_tokens:,} tokens"))
-        rows.insert(7, ("learned tokens", f"{data.train_target_tokens:,} an epoch"))
-        rows.insert(8, ("held-out data", f"{data.evaluation_rows:,} rows" if data.evaluation_rows else "none"))
+        rows.insert(7, ("training data", f"{data.train_rows:,} rows, {data.train_tokens:,} tokens"))
+        rows.insert(8, ("learned tokens", f"{data.train_target_tokens:,} an epoch"))
+        rows.insert(9, ("held-out data", f"{data.evaluation_rows:,} rows" if data.evaluation_rows else "none"))
     return rows
 
 

@@ -82,6 +82,8 @@ class Objective:
     two_stage: bool
     lockstep: bool = False
     """Whether passes are collective, so that a micro-batch without targets is passed through like any other."""
+    forward: Callable[[dict[str, Any]], Any] | None = None
+    """What runs a whole forward pass (`Engine.forward`); None = the model itself."""
     router_loss_coefficient: float = 0.0
     """Weight of the auxiliary loss of a mixture of experts; 0 unless the model's config asks for it."""
 
@@ -164,7 +166,8 @@ class Objective:
         """The model's own forward, its head at the supervised positions only: logits (S, V) and the whole output."""
         keep = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
         keep[batch.target_positions] = True
-        output = causal_lm(self.model)(**forward_kwargs(batch), logits_to_keep=keep.view_as(batch.input_ids))
+        inputs = forward_kwargs(batch) | {"logits_to_keep": keep.view_as(batch.input_ids)}
+        output = causal_lm(self.model)(**inputs) if self.forward is None else self.forward(inputs)
         logits = output.logits.flatten(0, -2)
         if len(logits) == len(keep):  # models that do not know `logits_to_keep` return every position
             logits = logits.index_select(0, batch.target_positions)
@@ -172,7 +175,12 @@ class Objective:
 
 
 def objective(
-    model: nn.Module, precision: Precision, *, one_backward: bool = False, lockstep: bool = False
+    model: nn.Module,
+    precision: Precision,
+    *,
+    one_backward: bool = False,
+    lockstep: bool = False,
+    forward: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Objective:
     """The loss of `model`: two-stage where head(decoder(x)) is the model's own logits, else through its forward.
 
@@ -185,7 +193,7 @@ def objective(
     if getattr(base.config, "output_router_logits", False):
         coefficient = float(base.config.router_aux_loss_coef)
     two_stage = not (one_backward or lockstep) and coefficient == 0.0 and _head_is_all(base, precision)
-    return Objective(model, precision, two_stage, lockstep, coefficient)
+    return Objective(model, precision, two_stage, lockstep, forward, coefficient)
 
 
 def _decoder(base: PreTrainedModel) -> Callable[..., Any]:

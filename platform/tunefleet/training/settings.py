@@ -79,7 +79,9 @@ class TrainingSettings(Settings):
         None, ge=0, lt=2**32, description="Seeds the order of the data and the held-out split; left out, `seed`."
     )
     deepspeed: DeepSpeedConfig = Field(
-        None, description="A DeepSpeed configuration: the path of its JSON file, or a mapping. Needs its engine."
+        None,
+        description="Share the model out by DeepSpeed's ZeRO: `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, the "
+        'path of a DeepSpeed JSON file, or its content; "auto" in it is filled in from the recipe.',
     )
     sharding: Literal["none", "fsdp2"] = Field(
         "none",

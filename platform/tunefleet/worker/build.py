@@ -110,8 +110,9 @@ def build(plan: Plan, seat: Seat, data: OpenedData, start: Start) -> Trainee:
     Raises:
         Refused, StrategyError: model, method or checkpoint do not go together.
     """
-    recipe, precision = plan.recipe, plan.precision.resolved()
+    recipe = plan.recipe
     mounted = mount(plan, seat, seat.together(start.initial))
+    precision = mounted.precision
     engine, model, state = mounted.engine, mounted.engine.model, mounted.state
     layout = choose_layout(model, precision, plain_attention=recipe.model.flash_attn == "disabled")
     # After this line everything random is drawn from the run's own streams, one for each rank.
@@ -130,7 +131,11 @@ def build(plan: Plan, seat: Seat, data: OpenedData, start: Start) -> Trainee:
         plan=plan,
         state=state,
         objective=objective(
-            model, precision, one_backward=not recipe.method.traits().accumulation, lockstep=engine.lockstep
+            model,
+            precision,
+            one_backward=not recipe.method.traits().accumulation,
+            lockstep=engine.lockstep,
+            forward=engine.forward,
         ),
         batches=batches,
         rate=rate,

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.optim import AdamW
 
-from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.contract import InTurns, OptimizerSpec
 from tunefleet_strategies.optim.block_schedule import BlockSchedule, visit_of
 from tunefleet_strategies.optim.fused_adamw import Operands, fused_adamw
 from tunefleet_strategies.optim.groups import Group
@@ -30,7 +31,7 @@ class Block:
     parameters: Mapping[str, nn.Parameter]
 
 
-class BlockAdamW(VisitingAdamW):
+class BlockAdamW(VisitingAdamW, InTurns):
     """AdamW on the block that the schedule names. It narrows `requires_grad` to that block."""
 
     def __init__(
@@ -62,6 +63,23 @@ class BlockAdamW(VisitingAdamW):
     def active(self) -> Block:
         """The block that the next update trains."""
         return self.blocks[self.schedule.block(self.updates)]
+
+    def turn_optimizer(self) -> AdamW:
+        """torch's AdamW over the active block: the same update, over whatever an engine puts in the block's place."""
+        chosen = set(self.active.parameters.values())
+        groups = [{**group, "params": [p for p in group["params"] if p in chosen]} for group in self.param_groups]
+        return AdamW([group for group in groups if group["params"]], fused=True)
+
+    def advance(self) -> bool:
+        """Count an update that an engine has applied in place of `step`."""
+        self._announce()
+        return self._count()
+
+    def stand_at(self, updates: int) -> None:
+        """Make the block active that trains after so many updates; its state begins anew."""
+        self.updates = updates
+        self._unsaid.clear()
+        self._begin_visit()
 
     def _activate(self) -> None:
         chosen = set(self.active.parameters.values())

@@ -79,10 +79,16 @@ class VisitingAdamW(MethodOptimizer, ABC):
         in_visit = updates_in_visit(self.updates, self.interval)
         for group in self.param_groups:
             self._update(group, in_visit + 1)
-        self.updates += 1
-        if updates_in_visit(self.updates, self.interval) == 0:
-            self._begin_visit()
+        self._count()
         return loss
+
+    def _count(self) -> bool:
+        """Count an update; whether it was the last of its visit, and the next part has become active."""
+        self.updates += 1
+        ended = updates_in_visit(self.updates, self.interval) == 0
+        if ended:
+            self._begin_visit()
+        return ended
 
     def _begin_visit(self) -> None:
         self.state.clear()

@@ -113,6 +113,33 @@ def test_equal_bit_for_bit_to_the_published_optimizer(dtype: torch.dtype, mode: 
     assert len(set(seen)) == (1 if mode == "fixed" else 3)
 
 
+@pytest.mark.parametrize("mode", ["ascending", "random"])
+def test_an_engine_that_steps_itself_walks_the_same_way(mode: SwitchMode) -> None:
+    """Turn by turn with plain optimizers: equal bit for bit, moments begun anew, and from any update on."""
+    stepped, driven = llama(), llama()
+    schedule = BlockSchedule(3, 4, mode, seed=3)
+    whole, walk = ours(stepped, schedule, decay=0.1), ours(driven, schedule, decay=0.1)
+    turn = walk.turn_optimizer()
+    for number in range(20):
+        assert trains(driven) == trains(stepped)
+        assert {id(p) for group in turn.param_groups for p in group["params"]} == {
+            id(p) for p in driven.parameters() if p.requires_grad
+        }
+        for model, one in ((stepped, whole), (driven, turn)):
+            random_gradients(model, number)
+            one.step()
+            one.zero_grad(set_to_none=True)
+        ended = walk.advance()
+        assert ended == ((number + 1) % 4 == 0)
+        if ended:
+            turn = walk.turn_optimizer()
+        for name, parameter in driven.named_parameters():
+            assert torch.equal(parameter, stepped.get_parameter(name)), (number, name)
+    assert walk.updates == whole.updates == 20
+    walk.stand_at(6)
+    assert trains(driven) == {walk.blocks[schedule.block(6)].label}
+
+
 def test_its_first_block_gets_one_update_less() -> None:
     model = llama()
     theirs = reference(model, switch_mode="ascending", switch_block_every=4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -45,6 +45,9 @@ class Engine(Protocol):
 
     def start(self) -> None:
         """Make every rank's weights and buffers those of rank 0."""
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        """The causal language model's own output; `inputs` are the arguments of its forward by name."""
 
     def loss_scale(self) -> float:
         """What losses are multiplied by before their backward; 1 except under fp16."""

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard as ByRows
 from torch.optim import Optimizer
 
 from tunefleet.errors import RunFailed
+from tunefleet.models import causal_lm
 from tunefleet.training.engines.engine import Applied
 from tunefleet.training.engines.plain import load_keeping_dtypes, not_finite, put
 from tunefleet.training.engines.ranks import Ranks
@@ -78,6 +79,9 @@ class FsdpEngine(Ranks):
 
     def loss_scale(self) -> float:
         return 1.0
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        return causal_lm(self._model)(**inputs)
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)

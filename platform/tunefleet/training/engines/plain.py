@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunefleet.errors import RunFailed
+from tunefleet.models import causal_lm
 from tunefleet.training.engines.engine import Applied
 from tunefleet.training.engines.ranks import Ranks
 from tunefleet.training.files import digest, load_pickle, load_tensors, save_tensors
@@ -51,6 +52,9 @@ class PlainEngine(Ranks):
         """Broadcast parameters and buffers from rank 0, as bytes, so that every dtype arrives unchanged."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._share(tensor)
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        return causal_lm(self.model)(**inputs)
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)

@@ -29,4 +29,4 @@ def mount_fsdp(plan: Plan, seat: Seat, initial: Mapping[str, Tensor] | None) -> 
     clips = method.traits().clipping
     engine = FsdpEngine(model, optimizer, max_grad_norm=training.max_grad_norm if clips else 0.0, shell=source.shell)
     engine.start()
-    return Mounted(RunState(engine, trained, {} if initial is None else initial), source.shape)
+    return Mounted(RunState(engine, trained, {} if initial is None else initial), source.shape, precision)

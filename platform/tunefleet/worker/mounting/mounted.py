@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tunefleet.training.checkpoint import RunState
 from tunefleet.training.engines.engine import Engine
 from tunefleet.training.settings import TrainingSettings
-from tunefleet_strategies.contract import ModelShape, OptimizerSpec
+from tunefleet_strategies.contract import ModelShape, OptimizerSpec, Precision
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Mounted:
     state: RunState
     shape: ModelShape
     """Of the whole model, however the engine shares it out."""
+    precision: Precision
+    """The number formats that the engine holds the weights in."""
 
     @property
     def engine(self) -> Engine:

@@ -24,7 +24,9 @@ def mount_plain(plan: Plan, seat: Seat, initial: Mapping[str, Tensor] | None) ->
     engine = seat.together(lambda: _plain(plan, model, precision))
     engine.start()
     return Mounted(
-        RunState(engine, trained, method.initial_state(model) if initial is None else initial), model_shape(model)
+        RunState(engine, trained, method.initial_state(model) if initial is None else initial),
+        model_shape(model),
+        precision,
     )
 
 

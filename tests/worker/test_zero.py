@@ -1,0 +1,323 @@
+"""ZeRO on two workers is one plain worker: losses, gradient norms and weights; parts are parts, and resumes exact."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.deepspeed_files import FILES
+from tests.worker.alone import run_alone
+from tests.worker.zero_cells import METHODS, QUICK, SLOW, Keys, zero
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunefleet.artifacts.metrics import read_metrics
+from tunefleet.recipe.read import read_flat
+
+ROOT = Path(__file__).resolve().parents[2]
+Seen = list[dict[str, Any]]
+"""What each rank saw of a cell."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, quickstart_world: Path) -> tuple[Path, Keys]:
+    folder = tmp_path_factory.mktemp("zero")
+    keys: Keys = {
+        "model_name_or_path": str(tiny_model),
+        "dataset": "quickstart_train",
+        "dataset_dir": str(quickstart_world / "data"),
+        "cache_dir": str(quickstart_world / "cache"),
+        "cutoff_len": 64,
+        "finetuning_type": "full",
+        "ray_storage_path": str(folder / "runs"),
+        "resources_per_worker": {"CPU": 1},
+        "report_to": "none",
+        "plot_loss": False,
+        "seed": 1,
+        # Every third batch has three rows: two for one worker, and one and a blank micro-batch for the other.
+        "max_samples": 15,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 3,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+        "warmup_ratio": 0.2,
+        "max_grad_norm": 0.5,
+        "adam_epsilon": 1e-6,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "bf16": False,
+    }
+    return folder, keys
+
+
+def train(world: tuple[Path, Keys], workers: int, cells: Mapping[str, Keys], stops: Mapping[str, int]) -> None:
+    """Let so many ranks train every cell; what they saw lies in the folder afterwards."""
+    folder, common = world
+    written = {
+        name: {"keys": {**common, "ray_num_workers": workers, **own_names(folder, name), **keys}}
+        | ({"stop_at": stops[name]} if name in stops else {})
+        for name, keys in cells.items()
+    }
+    (folder / "cells.json").write_text(json.dumps(written))
+    (folder / "meet").unlink(missing_ok=True)
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
+    # What is freed goes back to the system at once, so that memory in use is what is alive.
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **malloc}
+    module = [sys.executable, "-m", "tests.worker.zero_ranks"]
+    commands = [[*module, str(rank), str(workers), str(folder)] for rank in range(workers)]
+    processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    errors = [process.communicate(timeout=400)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), [error[-3000:] for error in errors]
+
+
+def own_names(folder: Path, name: str) -> Keys:
+    return {"output_dir": str(folder / name), "ray_run_name": name}
+
+
+def seen(world: tuple[Path, Keys], name: str, workers: int = 2) -> Seen:
+    return [json.loads((world[0] / f"{name}.{rank}.json").read_text()) for rank in range(workers)]
+
+
+def exported(world: tuple[Path, Keys], name: str) -> dict[str, torch.Tensor]:
+    model = world[0] / "runs" / name / "model"
+    (file,) = model.glob("*.safetensors")
+    return load_file(file)
+
+
+def plain(world: tuple[Path, Keys], name: str, keys: Keys, workers: int = 2) -> list[dict[str, Any]]:
+    """The lines of the same run with one plain worker, trained in this process the first time it is asked for."""
+    folder, common = world
+    record = folder / "runs" / name / "record"
+    if not record.exists():
+        # The same global batch on one worker: the planned number of workers goes into the accumulation.
+        steps = common["gradient_accumulation_steps"] * workers
+        own = {**own_names(folder, name), "gradient_accumulation_steps": steps}
+        run_alone(read_flat({**common, **keys, **own, "ray_num_workers": 1}), folder)
+    return read_metrics(record / "metrics.jsonl")
+
+
+def assert_equal_to_plain(world: tuple[Path, Keys], cell: str, method: str, workers: int = 2) -> None:
+    """E2 of the rules of exactness: losses, norms, and how far the weights have come."""
+    assert "error" not in seen(world, cell, workers)[0], seen(world, cell, workers)[0]
+    lines = plain(world, f"plain_{method}", METHODS[method], workers)
+    first = seen(world, cell, workers)[0]
+    assert all(rank["losses"] == first["losses"] for rank in seen(world, cell, workers))
+    assert first["losses"] == pytest.approx([line["loss"] for line in lines], abs=1e-5)
+    assert first["norms"] == pytest.approx([line["grad_norm"] for line in lines], rel=1e-4)
+    assert max(first["norms"]) > 0.5 or "lora" in method or "pissa" in method or method == "dora"
+    assert first["rates"] == pytest.approx([line["learning_rate"] for line in lines])
+    ours, reference = exported(world, cell), exported(world, f"plain_{method}")
+    start = load_file(Path(world[1]["model_name_or_path"]) / "model.safetensors")
+    assert ours.keys() == reference.keys()
+    moved = torch.cat([(reference[name] - start.get(name, torch.zeros(()))).flatten() for name in reference])
+    apart = torch.cat([(ours[name] - reference[name]).flatten() for name in reference])
+    assert float(apart.norm()) <= 1e-4 * float(moved.norm()) > 0
+
+
+RESUMED = {"full_3": METHODS["full"], "badam_3": METHODS["badam"]}
+"""Cells that are stopped after their fifth step (BAdam: in the middle of its third turn) and continued."""
+
+
+@pytest.fixture(scope="module")
+def quick(world: tuple[Path, Keys]) -> tuple[Path, Keys]:
+    cells = {name: METHODS[method] | {"deepspeed": zero(stage)} for name, (method, stage) in QUICK.items()}
+    evaluated = {"eval_dataset": "quickstart_heldout", "eval_strategy": "steps", "eval_steps": 3}
+    cells["full_3_bf16"] = {"deepspeed": zero(3), "bf16": True} | evaluated
+    cells["explodes"] = {"deepspeed": zero(2), "learning_rate": 1e30, "warmup_ratio": 0.0}
+    stops = {}
+    for name, keys in RESUMED.items():
+        halves = keys | {"deepspeed": zero(3), "save_strategy": "steps", "ray_run_name": f"halves_{name}"}
+        cells |= {f"{name}_stopped": halves, f"{name}_continued": halves}
+        stops[f"{name}_stopped"] = 4
+    train(world, 2, cells, stops)
+    return world
+
+
+@pytest.mark.parametrize("cell", QUICK)
+def test_two_workers_under_zero_equal_one_plain_worker(quick: tuple[Path, Keys], cell: str) -> None:
+    assert_equal_to_plain(quick, cell, QUICK[cell][0])
+
+
+def test_bf16_is_near_fp32(quick: tuple[Path, Keys]) -> None:
+    """Masters in fp32: what bf16 passes round away is no more than their own 8 bits."""
+    mixed, exact = seen(quick, "full_3_bf16")[0], seen(quick, "full_3")[0]
+    assert mixed["losses"] == pytest.approx(exact["losses"], rel=2e-3)
+    assert mixed["losses"] != exact["losses"]
+    assert mixed["norms"] == pytest.approx(exact["norms"], rel=2e-2)
+    assert mixed["kept"][-1]["masters"] > 0
+    assert {tensor.dtype for tensor in exported(quick, "full_3_bf16").values()} == {torch.bfloat16}
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_on_all_workers(quick: tuple[Path, Keys]) -> None:
+    for rank in seen(quick, "explodes"):
+        assert rank["error"].startswith("RunFailed: The gradient of step 2 is not finite")
+
+
+def test_each_worker_holds_its_part_of_the_model(quick: tuple[Path, Keys]) -> None:
+    for cell in ("full_3", "lora_3", "badam_3", "full_3_bf16"):
+        for rank in seen(quick, cell):
+            assert all(kept["parameters"] <= 0.6 * kept["whole"] for kept in rank["kept"]), cell
+    assert all(kept["parameters"] == kept["whole"] for kept in seen(quick, "full_2")[0]["kept"])
+
+
+def test_moments_are_shared_out(quick: tuple[Path, Keys]) -> None:
+    for cell in ("full_2", "full_3"):
+        whole = seen(quick, cell)[0]["kept"][-1]["whole"]
+        assert all(rank["kept"][-1]["moments"] == pytest.approx(whole, rel=0.02) for rank in seen(quick, cell))
+
+
+def test_badam_keeps_state_of_the_active_block_only(quick: tuple[Path, Keys]) -> None:
+    """At a switch nothing of the block before is left, on either worker."""
+    sizes = block_entries(quick[1]["model_name_or_path"])
+    for rank in seen(quick, "badam_3"):
+        for applied, kept in enumerate(rank["kept"], start=1):
+            entries = sizes[applied // 2 % 4] / 2  # on each of two workers
+            assert kept["masters"] == pytest.approx(4 * entries, rel=0.05)
+            # Behind a switch the next block stands ready, without moments.
+            assert kept["moments"] == pytest.approx(8 * entries if applied % 2 else 0, rel=0.05)
+
+
+def test_the_plan_says_what_each_worker_keeps(quick: tuple[Path, Keys]) -> None:
+    for cell in ("full_2", "full_3", "lora_3", "badam_3", "full_3_bf16"):
+        first = seen(quick, cell)[0]
+        most = max(kept["moments"] + kept["masters"] for kept in first["kept"])
+        assert first["planned"]["weight_bytes"] == pytest.approx(first["kept"][0]["parameters"], rel=0.02), cell
+        assert first["planned"]["optimizer_bytes"] == pytest.approx(most, rel=0.05), cell
+
+
+def block_entries(model: str) -> list[int]:
+    """Entries of BAdam's blocks: embedding, the two layers, head with the final norm."""
+    weights = load_file(Path(model) / "model.safetensors")
+    sizes = [0, 0, 0, 0]
+    for name, weight in weights.items():
+        place = 0 if "embed" in name else 1 if ".layers.0." in name else 2 if ".layers.1." in name else 3
+        sizes[place] += weight.numel()
+    return sizes
+
+
+@pytest.mark.parametrize("cell", RESUMED)
+def test_stopped_and_continued_is_as_if_nothing_had_happened(quick: tuple[Path, Keys], cell: str) -> None:
+    whole, stopped, continued = seen(quick, cell), seen(quick, f"{cell}_stopped"), seen(quick, f"{cell}_continued")
+    assert stopped[0]["ending"]["stopped"]
+    done = len(stopped[0]["losses"])
+    assert 0 < done < len(whole[0]["losses"])
+    for rank in (0, 1):
+        assert stopped[rank]["losses"] + continued[rank]["losses"] == whole[rank]["losses"]
+    assert continued[0]["ending"]["executed_steps"] == len(whole[0]["losses"]) - done
+    assert continued[0]["ending"]["fingerprints"] == whole[0]["ending"]["fingerprints"]
+
+
+@pytest.fixture(scope="module")
+def slow(world: tuple[Path, Keys]) -> tuple[Path, Keys]:
+    cells = {name: METHODS[method] | {"deepspeed": zero(stage)} for name, (method, stage) in SLOW.items()}
+    cells |= {name: {"deepspeed": content} for name, content in FILES.items()}
+    cells |= {"zero2_offload": {"deepspeed": "zero2_offload"}, "zero3_offload": {"deepspeed": "zero3_offload"}}
+    for stage in (1, 2, 3):
+        cells[f"mixed_{stage}"] = {"deepspeed": zero(stage), "bf16": True}
+    for stage in (2, 3):
+        cells[f"pure_{stage}"] = {"deepspeed": zero(stage), "bf16": None, "pure_bf16": True}
+    logged = {"deepspeed": zero(2) | {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}}}
+    cells |= {f"logged_{method}": METHODS[method] | logged for method in ("full", "lora")}
+    cells["badam_mixed"] = METHODS["badam"] | {"deepspeed": zero(3), "bf16": True}
+    cells["badam_pure"] = METHODS["badam"] | {"deepspeed": zero(3), "bf16": None, "pure_bf16": True}
+    train(world, 2, cells, {})
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("cell", SLOW)
+def test_every_method_and_stage_equals_one_plain_worker(slow: tuple[Path, Keys], cell: str) -> None:
+    assert_equal_to_plain(slow, cell, SLOW[cell][0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("cell", [*FILES, "zero2_offload", "zero3_offload"])
+def test_llama_factorys_files_and_our_names_equal_one_plain_worker(slow: tuple[Path, Keys], cell: str) -> None:
+    assert_equal_to_plain(slow, cell, "full")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_number_formats_of_every_stage(slow: tuple[Path, Keys]) -> None:
+    exact = [line["loss"] for line in plain(slow, "plain_full", {})]
+    for cell in ("mixed_1", "mixed_2", "mixed_3", "pure_2", "pure_3"):
+        first = seen(slow, cell)[0]
+        assert first["losses"] == pytest.approx(exact, rel=3e-3), cell
+        assert first["kept"][-1]["whole"] == 2 * block_sum(slow)
+    assert seen(slow, "mixed_3")[0]["kept"][-1]["masters"] == pytest.approx(2 * block_sum(slow), rel=0.02)
+    assert seen(slow, "pure_3")[0]["kept"][-1]["moments"] == pytest.approx(2 * block_sum(slow), rel=0.02)
+    exact = [line["loss"] for line in plain(slow, "plain_badam", METHODS["badam"])]
+    for cell, itemsize in (("badam_mixed", 4), ("badam_pure", 2)):
+        first = seen(slow, cell)[0]
+        assert first["losses"] == pytest.approx(exact, rel=3e-3), cell
+        assert first["kept"][-1]["whole"] == itemsize * block_sum(slow)
+
+
+def block_sum(world: tuple[Path, Keys]) -> int:
+    return sum(block_entries(world[1]["model_name_or_path"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_badam_under_zero_on_one_worker_and_no_parts_of_two(quick: tuple[Path, Keys]) -> None:
+    checkpoint = quick[0] / "runs" / "halves_full_3" / "checkpoints" / "step_00000005"
+    cells = {
+        "badam_one": METHODS["badam"] | {"deepspeed": zero(3)},
+        "elsewhere": {"deepspeed": zero(3), "resume_from_checkpoint": str(checkpoint)},
+    }
+    train(quick, 1, cells, {})
+    first = seen(quick, "badam_one", 1)[0]
+    lines = plain(quick, "plain_badam_one", METHODS["badam"], workers=1)
+    assert first["losses"] == pytest.approx([line["loss"] for line in lines], abs=1e-5)
+    said = seen(quick, "elsewhere", 1)[0]["error"]
+    assert "shared out by ZeRO over 2 workers and 1 continue" in said
+    assert said.endswith("write ray_num_workers: 2.")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_bytes_are_counted_where_deepspeed_logs_them(slow: tuple[Path, Keys]) -> None:
+    """Gradients of what trains: LoRA sends less than full tuning, and everything more than our own few words."""
+    full, lora = (seen(slow, f"logged_{method}")[0]["bytes"] for method in ("full", "lora"))
+    assert full > lora > 10 * seen(slow, "lora_2")[0]["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_no_worker_holds_the_whole_model_while_it_is_loaded(world: tuple[Path, Keys], tmp_path: Path) -> None:
+    """Memory from the first byte of loading to the finished engine, on a model that everything else is small beside."""
+    tiny = Path(world[1]["model_name_or_path"])
+    config = LlamaConfig.from_pretrained(tiny)
+    config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 64})
+    config.update({"num_attention_heads": 16, "num_key_value_heads": 16})
+    shutil.copytree(tiny, tmp_path / "large")
+    large = LlamaForCausalLM(config)
+    large.save_pretrained(tmp_path / "large")
+    size = sum(4 * p.numel() for p in large.parameters())
+    assert size > 350e6
+    del large
+    cell: Keys = METHODS["lora"] | {
+        "lora_target": "q_proj",
+        "max_steps": 1,
+        "model_name_or_path": str(tmp_path / "large"),
+    }
+    # By default DeepSpeed keeps whole what it needs again within 10^9 entries, which is all of so small a model.
+    thrifty = zero(3, stage3_max_live_parameters=1_000_000, stage3_max_reuse_distance=0, reduce_bucket_size=1_000_000)
+    cells = {"warm": {"deepspeed": thrifty, "max_steps": 1}, "large_3": cell | {"deepspeed": thrifty}}
+    train(world, 2, cells | {"large_2": cell | {"deepspeed": "zero2"}}, {})
+    for rank in seen(world, "large_3"):
+        assert rank["kept"][0]["parameters"] <= 0.55 * size
+        assert rank["peak"] <= 0.6 * size
+    for rank in seen(world, "large_2"):  # what would be seen if it were loaded whole
+        assert rank["peak"] >= 0.95 * size
