@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-slow check bench clean
+.PHONY: help install quickstart test test-gpu test-slow check bench bench-scaling clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -41,6 +41,9 @@ check: $(INSTALLED) ## Style, types, and which way imports point.
 
 bench: $(INSTALLED) ## Speed beside the peers; makes their environments by itself.
 	$(BIN)/python benchmarks/llamafactory.py
+
+bench-scaling: $(INSTALLED) ## Tokens per second and bytes sent, on one and two workers, for every method and engine.
+	$(BIN)/python benchmarks/scaling.py
 
 clean: ## Remove caches and the quickstart's files; .venv and outputs/ stay.
 	rm -rf .quickstart .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

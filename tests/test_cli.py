@@ -40,7 +40,7 @@ quantization_bit: 4
 seed: 1
 seed: 2
 do_eval: true
-report_to: wandb
+report_to: neptune
 """
 TWELVE_KEYS = [
     *("dataset", "lerning_rate", "lora_rank", "learning_rate", "num_train_epochs", "optim", "save_steps", "bf16"),

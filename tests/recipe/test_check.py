@@ -64,7 +64,7 @@ def line(key: str, value: object) -> str:
         ("max_steps", -2, "must be at least -1"),
         ("val_size", 10.5, "is neither a fraction nor a count"),
         ("warmup_ratio", 1.1, "must be at most 1"),
-        ("report_to", "wandb", "wandb is not there yet; write report_to: tensorboard"),
+        ("report_to", "swanlab", "swanlab is not there yet; write report_to: tensorboard, mlflow, wandb"),
         ("report_to", "none,tensorboard", "none cannot stand beside others"),
         ("report_to", "paper", "paper is no place for metrics"),
         ("metric_for_best_model", "accuracy", "is not eval_loss"),

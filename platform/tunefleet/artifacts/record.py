@@ -3,6 +3,7 @@
 record.json     recipe, plan, command, versions, hashes, seeds: what repeats the run
 metrics.jsonl   a line for each logged step and each evaluation, each exactly once
 tensorboard/    the same as curves
+mlflow.json     the run's name at MLflow, where it is asked for; wandb.json likewise
 attempts.jsonl  a line for each time that workers started: from which step, how many steps they took, how it ended
 result.json     final numbers and fingerprints; there exactly when the run is finished
 """
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from tunefleet.artifacts.metrics import METRICS, WORKERS, Line, dump, rewind
 from tunefleet.artifacts.surroundings import git_commit, host_facts, versions
+from tunefleet.artifacts.trackers.delivery import Delivery
+from tunefleet.artifacts.trackers.tracker import End, Tracker
 from tunefleet.storage import place
 
 if TYPE_CHECKING:
@@ -115,6 +118,7 @@ class Recorder:
         world_size: int,
         state: Json | None = None,
         tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Open the record at `resume_step`.
 
@@ -126,6 +130,7 @@ class Recorder:
             world_size: workers of this attempt.
             state: what `state` returned at `resume_step`; None at the beginning.
             tensorboard: whether to write events.
+            trackers: where else the lines go.
         """
         self.notices: list[str] = []
         self.executed = 0
@@ -138,6 +143,7 @@ class Recorder:
         self._expect(len(history), resume_step)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._curves = self._open_curves(history) if tensorboard else None
+        self._deliveries = [Delivery(tracker, history) for tracker in trackers]
         self._attempts = _begin_attempt(folder, resume_step, world_size)
         self._save_attempts()
 
@@ -215,19 +221,28 @@ class Recorder:
             "executed_steps": self.executed,
         }
 
+    def complaints(self) -> list[str]:
+        """What has gone wrong at trackers since the last time."""
+        return [text for delivery in self._deliveries for text in delivery.complaints()]
+
     def close(self, reason: str) -> None:
-        """Note how this attempt ended, and close the files."""
+        """Note how this attempt ended (`finished`, `stopped` or `failed: ...`), and close the files."""
         self._attempts[-1] |= {"reason": reason, "ended": _now()}
         self._save_attempts()
         self._file.close()
         if self._curves is not None:
             self._curves.close()
+        end: End = "finished" if reason == "finished" else "stopped" if reason == "stopped" else "failed"
+        for delivery in self._deliveries:
+            delivery.close(end)
 
     def _write(self, line: Line) -> None:
         self._file.write(dump(line))
         self._file.flush()
         if self._curves is not None:
             self._curves.write(line)
+        for delivery in self._deliveries:
+            delivery.write(line)
 
     def _open_curves(self, history: list[Line]) -> Curves:
         from tunefleet.artifacts.curves import Curves  # a quarter of a second, which a run without does not pay

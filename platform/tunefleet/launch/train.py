@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from tunefleet.artifacts.folder import RunFolder
+from tunefleet.artifacts.trackers.tracker import refuse_missing
 from tunefleet.errors import BrokenOff, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
@@ -58,6 +59,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         RunFailed: the run came to grief.
         BrokenOff: a second signal came.
     """
+    refuse_missing(recipe.run.report_to)
     with ExitStack() as stack:
         joins = cluster_address(recipe.ray) is not None
         if joins:

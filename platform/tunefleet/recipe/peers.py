@@ -212,13 +212,13 @@ REFUSED: Mapping[str, Refusal] = dict(
         *_refused(
             _OFF,
             "this tracker is not there yet",
-            "remove it and write report_to: tensorboard",
+            "remove it and write report_to: tensorboard, mlflow or wandb",
             "use_swanlab trackio_space_id trackio_bucket_id trackio_static_space_id",
         ),
         *_refused(
             _NEVER,
             "this tracker is not there yet",
-            "remove it and write report_to: tensorboard",
+            "remove it and write report_to: tensorboard, mlflow or wandb",
             "swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
             "swanlab_lark_webhook_url swanlab_lark_secret",
         ),

@@ -17,8 +17,9 @@ from tunefleet.stores import refuse_credentials
 from tunefleet.training.settings import TrainingSettings
 from tunefleet_strategies.contract import Strategy
 
-REPORTERS = ("none", "tensorboard")
-LATER_REPORTERS = ("wandb", "mlflow", "swanlab", "trackio", "comet_ml", "clearml", "neptune", "dvclive", "all")
+REPORTERS = ("none", "tensorboard", "mlflow", "wandb")
+LATER_REPORTERS = ("swanlab", "trackio", "comet_ml", "clearml", "neptune", "dvclive", "all")
+_REPORT_TO = "report_to: tensorboard, mlflow, wandb or none"
 LONGEST_NAME = 100
 """Characters of a run's name; it is the name of a folder."""
 
@@ -75,7 +76,8 @@ class RunSettings(Settings):
     )
     plot_loss: bool = Field(True, description="Draw `loss.png`.")
     report_to: Pieces = Field(
-        ("tensorboard",), description="Where metrics go besides `metrics.jsonl`: tensorboard or none."
+        ("tensorboard",),
+        description="Where metrics go besides `metrics.jsonl`: tensorboard, mlflow, wandb, several of them, or none.",
     )
     eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="When the held-out rows are evaluated.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between two evaluations; left out, `logging_steps`.")
@@ -97,9 +99,9 @@ class RunSettings(Settings):
     def _known_reporters(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name in LATER_REPORTERS:
-                raise ValueError(f"{name} is not there yet; write report_to: tensorboard or report_to: none")
+                raise ValueError(f"{name} is not there yet; write {_REPORT_TO}")
             if name not in REPORTERS:
-                raise ValueError(f"{name} is no place for metrics; write report_to: tensorboard or report_to: none")
+                raise ValueError(f"{name} is no place for metrics; write {_REPORT_TO}")
         if "none" in value and len(value) > 1:
             raise ValueError("none cannot stand beside others; write report_to: none alone or drop it")
         return value

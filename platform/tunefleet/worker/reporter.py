@@ -20,11 +20,13 @@ from tunefleet.storage import Place
 from tunefleet.training.loop import Step
 from tunefleet.worker.build import OpenedData, Trainee
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped, Worker
+from tunefleet.worker.gauges import Gauges
 from tunefleet.worker.job import Job
 from tunefleet.worker.pacing import Figures, Pacing, columns
 from tunefleet.worker.seat import Seat
 from tunefleet.worker.start import Start
 from tunefleet.worker.stragglers import StragglerWatch
+from tunefleet.worker.tracking import trackers
 
 
 class Line(Protocol):
@@ -43,12 +45,17 @@ class Line(Protocol):
 class Reporter:
     """The voice of one attempt. On other ranks than 0 it only counts steps."""
 
-    def __init__(self, job: Job, seat: Seat, sender: Line) -> None:
+    def __init__(self, job: Job, seat: Seat, sender: Line, gauges: Gauges | None = None) -> None:
+        """
+        Args:
+            gauges: this worker's Ray metrics; None where there is no Ray.
+        """
         self.step = 0
         """Updates applied so far."""
         self._job = job
         self._seat = seat
         self._sender = sender
+        self._gauges = gauges
         self._recorder: Recorder | None = None
         self._pacing: Pacing | None = None
         self._stragglers = StragglerWatch(())
@@ -79,6 +86,7 @@ class Reporter:
                 world_size=self._seat.world,
                 state=trainee.progress.record if start.is_own and start.folder is not None else None,
                 tensorboard=run.tensorboard,
+                trackers=trackers(self._job, self.folder),
             )
             self._write_record(data)
             self.notice(*start.notices, *trainee.notices, *self._recorder.notices)
@@ -94,6 +102,7 @@ class Reporter:
     ) -> None:
         if self._recorder is not None:
             self._recorder.__exit__(kind, error, trace)
+            self.notice(*self._recorder.complaints())
             self.publish()
             self._sender.flush()
         if self._scratch is not None:
@@ -108,8 +117,14 @@ class Reporter:
         """Take an update in; `measure` is called for the method's own figures of it, if it has a line. Collective."""
         self.step = step.step
         workers = self._workers(step)
+        if self._gauges is not None:
+            self._gauges.stepped(step)
+            if workers:
+                self._gauges.peak_memory(workers[self._seat.rank].memory_peak_bytes)
         line = None if self._recorder is None else self._recorder.step(step, measure, columns(workers))
         self._sender.send(Stepped(step))
+        if self._recorder is not None:
+            self.notice(*self._recorder.complaints())
         if line is not None:
             self._sender.send(Logged(line))
             self.notice(*self._stragglers.look([one.seconds_per_token for one in workers]))
@@ -126,6 +141,8 @@ class Reporter:
         """Take an evaluation at the present step in."""
         if self._recorder is not None:
             self._recorder.evaluation(self.step, epoch, loss)
+        if self._gauges is not None:
+            self._gauges.evaluated(loss)
         self._sender.send(Evaluated(self.step, loss))
 
     def saved(self, step: int) -> None:

@@ -10,9 +10,11 @@ from tunefleet.worker.build import Trainee, build, open_data
 from tunefleet.worker.events import Arrived
 from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, record_failure
 from tunefleet.worker.finish import finish
+from tunefleet.worker.gauges import Gauges
 from tunefleet.worker.job import Job, JobConfig, read_job
 from tunefleet.worker.leaving import Leaving, Messages, Watch
 from tunefleet.worker.mailbox import Sender
+from tunefleet.worker.pacing import node_name
 from tunefleet.worker.reporter import Reporter
 from tunefleet.worker.saving import Saver
 from tunefleet.worker.seat import Seat, check_seat, take_seat
@@ -35,7 +37,8 @@ def run_worker(config: JobConfig) -> Ending:
         return {"failed": True, "why": str(error)}
     if hopeless(past):
         return {"failed": True}
-    reporter = Reporter(job, seat, sender)
+    gauges = Gauges(job.plan.place.run_name, seat.rank, node_name())
+    reporter = Reporter(job, seat, sender, gauges)
     try:
         if job.plan.resumable:
             listen()
