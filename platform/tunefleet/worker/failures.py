@@ -7,7 +7,9 @@ rank says because another one was lost is an echo and says nothing of the next a
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,9 +17,12 @@ import torch.distributed as dist
 
 from tunefleet.errors import PeerFailed, Refused, RunFailed
 from tunefleet.storage import Place
+from tunefleet.training.files import first_line
 from tunefleet_strategies.contract import StrategyError
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+_FULL_TEXT = re.compile(rf"\(os error ({'|'.join(map(str, sorted(_FULL)))})\)|PytorchStreamWriter failed writing")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Failure:
 def describe_failure(error: Exception, attempt: int, rank: int, step: int) -> Failure:
     """An exception as data."""
     refused = isinstance(error, Refused | StrategyError)
+    if not refused and disk_is_full(error):
+        error = RunFailed(
+            f"The worker's disk takes no more ({first_line(error)}): make room on it, or lower save_total_limit; older "
+            "checkpoints are whole, and the same command goes on from the newest."
+        )
     known = refused or isinstance(error, RunFailed)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     return Failure(attempt, rank, step, type(error).__name__, message, refused, final=known, echo=is_echo(error))
@@ -57,6 +67,19 @@ def is_echo(error: Exception) -> bool:
     if isinstance(error, PeerFailed | dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_CONNECTION)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a file could not grow: the disk is full, or a limit on files or on a user's share of it is reached.
+
+    The writers of tensors know no errno: it stands in their text, or in the error that they hide.
+    """
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    if _FULL_TEXT.search(str(error)):
+        return True
+    hidden = error.__cause__ or error.__context__
+    return hidden is not None and disk_is_full(hidden)
 
 
 def record_failure(record: Place, mark: str, failure: Failure) -> None:
