@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from tests.contract.variants import SHARED, VARIANTS
-from tests.training.tiny import MemoryRows, start
+from tests.training.tiny import MemoryRows, Run, start
 
 from tunefleet.training.checkpoint import fingerprints
 from tunefleet.training.determinism import pin
@@ -53,10 +53,15 @@ def train_cell(variant: str, architecture: str, global_batch: int = GLOBAL_BATCH
         epsilon=epsilon(variant),
     )
     losses, norms, hashes = [], [], []
+    sent, trainable = [], [trainable_entries(run)]
+    before = run.engine.bytes_sent
     for step in run.steps():
+        sent.append(run.engine.bytes_sent - before)
+        trainable.append(trainable_entries(run))
         losses.append(step.loss)
         norms.append(step.grad_norm)
         hashes.append(fingerprints(run.state)["weights"])
+        before = run.engine.bytes_sent  # the hashes have sent something too
     return {
         "losses": losses,
         "norms": norms,
@@ -64,7 +69,15 @@ def train_cell(variant: str, architecture: str, global_batch: int = GLOBAL_BATCH
         "moved": run.moved(),
         "tokens": sum(run.feed.seen),
         "bytes": run.engine.bytes_sent,
+        "sent": sent,
+        "trainable": trainable[:-1],
+        "entries": sum(parameter.numel() for parameter in run.model.parameters()),
     }
+
+
+def trainable_entries(run: Run) -> int:
+    """Of everything that the coming update may change."""
+    return sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
 
 
 def epsilon(variant: str) -> float:

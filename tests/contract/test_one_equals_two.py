@@ -21,6 +21,7 @@ from tests.contract.pair import (
 )
 from tests.contract.variants import SHARED
 
+FP32_BYTES = 4
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -56,6 +57,18 @@ def test_one_worker_equals_two(pair: list[dict[Any, Any]], variant: str, archite
     assert first["tokens"] / one["tokens"] == pytest.approx(0.5, abs=0.15)
     assert first["bytes"] > 0
     assert one["bytes"] == 0
+
+
+@pytest.mark.parametrize(("variant", "architecture"), [cell for cell in SHARED if not cell[0].startswith("galore")])
+def test_only_what_trains_is_sent(pair: list[dict[Any, Any]], variant: str, architecture: str) -> None:
+    """Its fp32 gradient once for each update, with the loss and the wish to stop behind it: to the byte."""
+    for rank in pair:
+        seen = rank[variant, architecture]
+        assert seen["sent"] == [FP32_BYTES * (entries + 2) for entries in seen["trainable"]]
+        if variant != "full":
+            assert max(seen["trainable"]) < 0.9 * seen["entries"]
+        if variant == "badam_layer":
+            assert len(set(seen["sent"])) > 1, "blocks are of several sizes"
 
 
 def test_a_rank_without_samples_contributes_zeros(pair: list[dict[Any, Any]]) -> None:
