@@ -103,6 +103,7 @@ def split(model: PeftModel, iterations: int, context: AttachContext) -> None:
 def _split_one(one: Split, iterations: int, context: AttachContext) -> None:
     with context.gather([one.layer.get_base_layer().get_parameter("weight")]):
         _split_whole(one, iterations, context)
+    _measure_again(one)  # on every process: where weights are shared out, PEFT gathers this one once more
 
 
 def _split_whole(one: Split, iterations: int, context: AttachContext) -> None:
@@ -123,7 +124,6 @@ def _split_whole(one: Split, iterations: int, context: AttachContext) -> None:
     residual = weight.float() - one.scale * (one.b.weight.float() @ one.a.weight.float())  # (m, n)
     stored = residual.T if one.layer.fan_in_fan_out else residual
     one.layer.get_base_layer().get_parameter("weight").data = stored.to(context.precision.frozen).contiguous()
-    _measure_again(one)
 
 
 def _stored(one: Split, initial: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def train(world: tuple[Path, Keys], workers: int, cells: Mapping[str, Keys], sto
     module = [sys.executable, "-m", "tests.worker.zero_ranks"]
     commands = [[*module, str(rank), str(workers), str(folder)] for rank in range(workers)]
     processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate(timeout=400)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), [error[-3000:] for error in errors]
 
 
@@ -234,21 +234,21 @@ def slow(world: tuple[Path, Keys]) -> tuple[Path, Keys]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("cell", SLOW)
 def test_every_method_and_stage_equals_one_plain_worker(slow: tuple[Path, Keys], cell: str) -> None:
     assert_equal_to_plain(slow, cell, SLOW[cell][0])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("cell", [*FILES, "zero2_offload", "zero3_offload"])
 def test_llama_factorys_files_and_our_names_equal_one_plain_worker(slow: tuple[Path, Keys], cell: str) -> None:
     assert_equal_to_plain(slow, cell, "full")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_number_formats_of_every_stage(slow: tuple[Path, Keys]) -> None:
     exact = [line["loss"] for line in plain(slow, "plain_full", {})]
     for cell in ("mixed_1", "mixed_2", "mixed_3", "pure_2", "pure_3"):
@@ -269,7 +269,7 @@ def block_sum(world: tuple[Path, Keys]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_badam_under_zero_on_one_worker_and_no_parts_of_two(quick: tuple[Path, Keys]) -> None:
     checkpoint = quick[0] / "runs" / "halves_full_3" / "checkpoints" / "step_00000005"
     cells = {
@@ -286,7 +286,7 @@ def test_badam_under_zero_on_one_worker_and_no_parts_of_two(quick: tuple[Path, K
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_bytes_are_counted_where_deepspeed_logs_them(slow: tuple[Path, Keys]) -> None:
     """Gradients of what trains: LoRA sends less than full tuning, and everything more than our own few words."""
     full, lora = (seen(slow, f"logged_{method}")[0]["bytes"] for method in ("full", "lora"))
@@ -294,18 +294,18 @@ def test_bytes_are_counted_where_deepspeed_logs_them(slow: tuple[Path, Keys]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_no_worker_holds_the_whole_model_while_it_is_loaded(world: tuple[Path, Keys], tmp_path: Path) -> None:
     """Memory from the first byte of loading to the finished engine, on a model that everything else is small beside."""
     tiny = Path(world[1]["model_name_or_path"])
     config = LlamaConfig.from_pretrained(tiny)
-    config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 64})
+    config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "head_dim": 64})
     config.update({"num_attention_heads": 16, "num_key_value_heads": 16})
     shutil.copytree(tiny, tmp_path / "large")
     large = LlamaForCausalLM(config)
     large.save_pretrained(tmp_path / "large")
     size = sum(4 * p.numel() for p in large.parameters())
-    assert size > 350e6
+    assert size > 600e6
     del large
     cell: Keys = METHODS["lora"] | {
         "lora_target": "q_proj",
@@ -316,8 +316,7 @@ def test_no_worker_holds_the_whole_model_while_it_is_loaded(world: tuple[Path, K
     thrifty = zero(3, stage3_max_live_parameters=1_000_000, stage3_max_reuse_distance=0, reduce_bucket_size=1_000_000)
     cells = {"warm": {"deepspeed": thrifty, "max_steps": 1}, "large_3": cell | {"deepspeed": thrifty}}
     train(world, 2, cells | {"large_2": cell | {"deepspeed": "zero2"}}, {})
-    for rank in seen(world, "large_3"):
-        assert rank["kept"][0]["parameters"] <= 0.55 * size
-        assert rank["peak"] <= 0.6 * size
-    for rank in seen(world, "large_2"):  # what would be seen if it were loaded whole
-        assert rank["peak"] >= 0.95 * size
+    assert all(rank["kept"][0]["parameters"] <= 0.55 * size for rank in seen(world, "large_3"))
+    # Rank 0 reads pages of the file; what it has of its own shows on the other rank, where all is received.
+    assert seen(world, "large_2")[1]["peak"] >= 0.95 * size, "a model that is loaded whole must be seen"
+    assert max(rank["peak"] for rank in seen(world, "large_3")) <= 0.6 * size

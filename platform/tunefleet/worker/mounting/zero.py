@@ -62,6 +62,7 @@ def _attached(
     loaded = load_model(recipe.model, dtype, seat.device)
     with in_shape(loaded):
         model = recipe.method.attach(loaded, context)
+    with in_shape(model):  # again, for PEFT parts what it has gathered
         shape = model_shape(model)  # before there is an optimizer, which may narrow what requires a gradient
         optimizer = recipe.method.optimizer(model, optimizer_spec(recipe.training))
     if recipe.training.checkpoints_activations:
