@@ -72,7 +72,7 @@ class ZeroEngine(Ranks):
         super().__init__(next(model.parameters()).device)
         self.model = model
         self.optimizer = optimizer
-        self._bytes_logged = 0
+        self._bytes_logged = _bytes_logged()
         self.stage: int = config["zero_optimization"]["stage"]
         self._config = config
         self._exported = exported
@@ -135,10 +135,7 @@ class ZeroEngine(Ranks):
         return Applied(loss, norm, True, wants_stop > 0)
 
     def _count_bytes(self) -> None:
-        from deepspeed.comm.comm import comms_logger
-
-        operations = comms_logger.get_raw_data().values()
-        logged = sum(size * calls[0] for sizes in operations for size, calls in sizes.items())
+        logged = _bytes_logged()
         self.bytes_sent += logged - self._bytes_logged
         self._bytes_logged = logged
 
@@ -293,3 +290,11 @@ class ZeroEngine(Ranks):
         """The name of a rank's own file, which says of how many."""
         stem, _, ending = name.rpartition(".")
         return f"{stem}-{rank + 1}-of-{self.world}.{ending}"
+
+
+def _bytes_logged() -> int:
+    """All that DeepSpeed's logger of collectives has seen in this process; 0 where it is off."""
+    from deepspeed.comm.comm import comms_logger
+
+    operations = comms_logger.get_raw_data().values()
+    return sum(size * calls[0] for sizes in operations for size, calls in sizes.items())
