@@ -158,7 +158,10 @@ def measure(cell: Cell, work: Work, address: str, root: Path) -> Measured:
         "resources_per_worker": {"CPU": 1},
         **cell.keys,
     }
-    train(read_flat(keys), LineDisplay(Console(file=(root.parent / "log.txt").open("w"))), REPOSITORY)
+    with (root.parent / "log.txt").open("w") as log:
+        outcome = train(read_flat(keys), LineDisplay(Console(file=log)), REPOSITORY)
+    if outcome.exit_code:
+        raise SystemExit(outcome.exit_code)  # stopped by a signal: what it has measured by then is no result
     return measured(read_metrics(root / "runs" / "scaling" / "record" / "metrics.jsonl"))
 
 
