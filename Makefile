@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-slow check bench bench-scaling clean
+.PHONY: help install quickstart test test-gpu test-slow chaos check bench bench-scaling clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -25,13 +25,16 @@ quickstart: $(INSTALLED) ## Fine-tune a small model on this machine, from nothin
 	$(BIN)/python jobs/quickstart.py
 
 test: $(INSTALLED) ## Every test that takes less than a minute.
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not chaos'
 
 test-gpu: $(INSTALLED) ## The tests that need a GPU; without one they say so and do nothing.
 	$(BIN)/python -m pytest -m gpu
 
+chaos: $(INSTALLED) ## Twenty runs that are killed on the way: a table of what each kill cost (about an hour).
+	$(BIN)/python -m pytest -m chaos tests/chaos
+
 test-slow: $(INSTALLED) ## The long tests.
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -m 'slow and not gpu and not chaos'
 
 check: $(INSTALLED) ## Style, types, and which way imports point.
 	$(BIN)/ruff check .

@@ -1,0 +1,157 @@
+"""What happens to the runs of the chaos test: which part is hit, at a step between two checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import yaml
+from tests.cluster import RayNodes
+from tests.s3_server import Way
+from tests.worker.under_ray import SAVE_STEPS, Watching, World
+
+from tunefleet.storage import place
+from tunefleet.worker.events import Event, Stepped
+
+Victim = Literal["worker", "raylet", "driver", "storage"]
+
+ENGINES: Mapping[str, dict[str, object]] = {
+    "plain": {},
+    "ZeRO-2": {"deepspeed": "zero2"},
+    "ZeRO-3": {"deepspeed": "zero3"},
+    "FSDP2": {"sharding": "fsdp2"},
+}
+CUT_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Blow:
+    """One run and what is done to it."""
+
+    method: str
+    engine: str
+    workers: int
+    victim: Victim
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.engine}-{self.workers}-{self.victim}"
+
+    def step(self, seed: int) -> int:
+        """The step that it comes behind: any between the first two checkpoints but the last before one."""
+        return random.Random(f"{seed} {self.name}").randrange(SAVE_STEPS + 1, 2 * SAVE_STEPS - 2)
+
+
+BLOWS = (
+    Blow("full", "plain", 2, "worker"),
+    Blow("full", "ZeRO-2", 2, "raylet"),
+    Blow("full", "ZeRO-3", 2, "driver"),
+    Blow("full", "FSDP2", 2, "storage"),
+    Blow("freeze", "plain", 1, "raylet"),
+    Blow("freeze", "ZeRO-3", 2, "worker"),
+    Blow("freeze", "FSDP2", 2, "driver"),
+    Blow("lora_dropout", "plain", 2, "storage"),
+    Blow("lora_dropout", "ZeRO-2", 2, "worker"),
+    Blow("lora_dropout", "ZeRO-3", 2, "raylet"),
+    Blow("lora_dropout", "FSDP2", 2, "worker"),
+    Blow("dora", "plain", 2, "driver"),
+    Blow("pissa", "plain", 2, "raylet"),
+    Blow("galore", "plain", 2, "worker"),
+    Blow("galore_layerwise", "plain", 1, "driver"),
+    Blow("galore_svd", "plain", 2, "raylet"),
+    Blow("badam_ascending", "plain", 2, "storage"),
+    Blow("badam_random", "ZeRO-3", 2, "worker"),
+    Blow("badam_descending", "FSDP2", 2, "raylet"),
+    Blow("badam_scatter", "plain", 1, "worker"),
+)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a blow did to a run that came to its end all the same."""
+
+    TITLES: ClassVar[tuple[str, ...]] = ("method", "engine", "workers", "hit", "behind step", "steps lost")
+
+    blow: Blow
+    hit_step: int
+    lost_steps: int
+
+    def row(self) -> tuple[str, ...]:
+        blow = self.blow
+        return (
+            blow.method,
+            blow.engine,
+            str(blow.workers),
+            blow.victim,
+            str(self.hit_step),
+            str(self.lost_steps),
+        )
+
+
+class Once:
+    """Does something behind a step, once."""
+
+    def __init__(self, step: int, strike: Callable[[], None]) -> None:
+        self._step, self._strike = step, strike
+        self.hit_step: int | None = None
+
+    def __call__(self, event: Event) -> None:
+        if self.hit_step is None and isinstance(event, Stepped) and event.step.step >= self._step:
+            self.hit_step = event.step.step
+            self._strike()
+
+
+def kill_worker(record: str) -> None:
+    """SIGKILL for the process of rank 0, which the run's record names."""
+    last = place(record).child("attempts.jsonl").read_text().splitlines()[-1]
+    os.kill(json.loads(last)["pid"], signal.SIGKILL)
+
+
+def kill_node(nodes: RayNodes, live: list[str], draw: random.Random) -> None:
+    """SIGKILL for the raylet of one of the nodes; another one takes its place."""
+    nodes.kill(live.pop(draw.randrange(len(live))))
+    live.append(nodes.add(cpus=1))
+
+
+def cut(way: Way) -> None:
+    """The store is out of reach for a while, from the middle of its next upload on."""
+    way.refused_bytes_from = way.passed_bytes + 20_000
+    threading.Timer(CUT_SECONDS, way.mend).start()
+
+
+def run_watched(world: World, keys: dict[str, object], once: Once) -> None:
+    """The run in this process, with a blow on the way."""
+    from tunefleet.recipe.read import read_flat
+
+    outcome = world.run(read_flat(keys), Watching(once))
+    assert outcome.exit_code == 0
+
+
+def run_with_driver_killed(world: World, keys: dict[str, object], step: int) -> int:
+    """The command, SIGKILL for it behind a step, and the same command again. Returns the step."""
+    recipe = world.folder / f"{keys['ray_run_name']}.yaml"
+    recipe.write_text(yaml.safe_dump(keys))
+    command = [str(Path(sys.executable).with_name("tunefleet")), "train", str(recipe)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert driver.stdout is not None
+    hit = 0
+    for line in driver.stdout:
+        if line.startswith("step ") and int(line.split()[1].partition("/")[0]) >= step:
+            hit = int(line.split()[1].partition("/")[0])
+            driver.kill()
+            break
+    driver.wait(timeout=60)
+    driver.stdout.close()
+    assert hit, "the run ended before the blow"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return hit
