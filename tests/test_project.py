@@ -35,7 +35,7 @@ def test_constraints_are_exact_and_name_no_place(repository: Path) -> None:
     lines = (repository / "constraints.txt").read_text().split()
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
     pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}
-    assert declared(repository) <= pinned
+    assert declared(repository) - {"tunefleet"} <= pinned  # an extra may ask for other extras
     assert "torch==2.13.0" in lines
 
 
