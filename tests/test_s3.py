@@ -197,6 +197,7 @@ def test_wrong_credentials(name: str, server: Server, monkeypatch: pytest.Monkey
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there(way: Way, name: str) -> None:
     way.cut()
     with pytest.raises(StoreFailed, match=r"out of reach for \d+ s"):

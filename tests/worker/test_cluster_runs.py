@@ -119,6 +119,7 @@ def run(there: World, keys: dict[str, object]) -> Census:
     return census
 
 
+@pytest.mark.slow
 def test_four_workers_on_two_nodes_and_a_head_without_cpus(there: World, cluster: TwoNodes) -> None:
     """Local ranks, threads and backend; each node tokenises once, and the driver's home is a third."""
     census = run(

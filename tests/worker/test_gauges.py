@@ -73,6 +73,7 @@ class Scraper:
         self.complete = self._wanted <= self.seen.keys()
 
 
+@pytest.mark.slow
 def test_prometheus_finds_every_workers_figures_while_the_run_goes_on(
     tmp_path: Path, tiny_model: Path, quickstart_world: Path, head: str, metrics_port: int
 ) -> None:

@@ -94,7 +94,8 @@ class Terminator:
             os.kill(self._world.attempts("moved")[-1]["pid"], signal.SIGTERM)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_to_a_worker_costs_no_step_and_no_failure(world: World, workers: int) -> None:
     more: dict[str, object] = {"max_steps": 300, "save_steps": 1000}
     terminator, display = Terminator(world), Watching()
@@ -126,6 +127,7 @@ def raylets(tmp_path: Path, tiny_model: Path, quickstart_world: Path, cluster: N
     return World(tmp_path, tiny_model, quickstart_world, cluster.address)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_drained_costs_no_step_and_no_failure(raylets: World, cluster: Nodes) -> None:
     pair = [cluster.add(), cluster.add()]
     said: list[str] = []
@@ -204,6 +206,7 @@ def worker_processes(driver: int) -> list[psutil.Process]:
     return psutil.Process(driver).children(recursive=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joined", [False, True], ids=["own ray", "joined cluster"])
 def test_a_driver_killed_outright_leaves_no_writer_and_the_same_command_goes_on(world: World, joined: bool) -> None:
     keys: dict[str, object] = {"max_steps": 2000, "save_steps": 20, "save_total_limit": 1}
