@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 # `ray.cluster_utils.Cluster` needs a main thread and leaves its mark on the process that makes it, so it has its own.
 # It reads one JSON object a line and answers with one.
 _HOST = """
@@ -59,6 +61,10 @@ class RayNodes:
     def kill(self, node: str) -> None:
         """Kill a node's raylet, which takes its workers along."""
         self._ask({"kill": node})
+
+    def processes(self) -> list[str]:
+        """The names of all processes of this cluster, the workers' among them."""
+        return [process.name() for process in psutil.Process(self._host.pid).children(recursive=True)]
 
     def _ask(self, command: dict[str, Any]) -> object:
         assert self._host.stdin is not None

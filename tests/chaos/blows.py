@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -145,8 +146,9 @@ def run_with_driver_killed(world: World, keys: dict[str, object], step: int) -> 
     assert driver.stdout is not None
     hit = 0
     for line in driver.stdout:
-        if line.startswith("step ") and int(line.split()[1].partition("/")[0]) >= step:
-            hit = int(line.split()[1].partition("/")[0])
+        taken = re.match(r"step (\d+)/", line)
+        if taken is not None and int(taken[1]) >= step:
+            hit = int(taken[1])
             driver.kill()
             break
     driver.wait(timeout=60)

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray.util.state import list_actors, list_placement_groups
@@ -129,6 +128,5 @@ def test_nothing_is_left_behind(nodes: RayNodes, damages: list[Damage], monkeypa
         assert alive == []
     finally:
         ray.shutdown()
-    names = [process.info["name"] for process in psutil.process_iter(["name"])]
-    assert [name for name in names if name.startswith("ray::RayTrainWorker")] == []
+    assert [name for name in nodes.processes() if name.startswith("ray::RayTrainWorker")] == []
     assert list(Path(tempfile.gettempdir()).glob("tunefleet-*")) == []
