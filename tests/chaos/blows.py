@@ -21,7 +21,7 @@ from tests.s3_server import Way
 from tests.worker.under_ray import SAVE_STEPS, Watching, World
 
 from tunefleet.storage import place
-from tunefleet.worker.events import Event, Stepped
+from tunefleet.worker.events import Event, Saved, Stepped
 
 Victim = Literal["worker", "raylet", "driver", "storage"]
 
@@ -99,14 +99,16 @@ class Damage:
 
 
 class Once:
-    """Does something behind a step, once."""
+    """Does something behind a step, once, as soon as a checkpoint is in storage."""
 
     def __init__(self, step: int, strike: Callable[[], None]) -> None:
         self._step, self._strike = step, strike
+        self._saved = False
         self.hit_step: int | None = None
 
     def __call__(self, event: Event) -> None:
-        if self.hit_step is None and isinstance(event, Stepped) and event.step.step >= self._step:
+        self._saved = self._saved or isinstance(event, Saved)
+        if self.hit_step is None and self._saved and isinstance(event, Stepped) and event.step.step >= self._step:
             self.hit_step = event.step.step
             self._strike()
 

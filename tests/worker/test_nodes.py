@@ -10,7 +10,7 @@ from tests.cluster import RayNodes, ray_nodes
 from tests.worker.test_resume import assert_resumed_like_twin
 from tests.worker.under_ray import SAVE_STEPS, Watching, World
 
-from tunefleet.worker.events import Event, Stepped
+from tunefleet.worker.events import Event, Saved, Stepped
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -26,10 +26,12 @@ class NodeKiller:
 
     def __init__(self, nodes: RayNodes, node: str, step: int) -> None:
         self._nodes, self._node, self._step = nodes, node, step
+        self._saved = False
         self.killed = False
 
     def __call__(self, event: Event) -> None:
-        if not self.killed and isinstance(event, Stepped) and event.step.step >= self._step:
+        self._saved = self._saved or isinstance(event, Saved)
+        if not self.killed and self._saved and isinstance(event, Stepped) and event.step.step >= self._step:
             self.killed = True
             self._nodes.kill(self._node)
             self._nodes.add(cpus=1)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tests.worker.under_ray import SAVE_STEPS, UPDATES, Watching, World
 
-from tunefleet.worker.events import Event, Stepped
+from tunefleet.worker.events import Event, Saved, Stepped
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -50,14 +50,16 @@ STOPPED = [cell for cell in [*QUICK, *SLOW] if cell != ("pissa", 1) and cell not
 
 
 class Killer:
-    """Kills rank 0 with SIGKILL once, when it is between two checkpoints."""
+    """Kills rank 0 with SIGKILL once, behind a step, as soon as a checkpoint is in storage."""
 
     def __init__(self, world: World, name: str, step: int) -> None:
         self._world, self._name, self._step = world, name, step
+        self._saved = False
         self.killed: int | None = None
 
     def __call__(self, event: Event) -> None:
-        if self.killed is None and isinstance(event, Stepped) and event.step.step >= self._step:
+        self._saved = self._saved or isinstance(event, Saved)  # checkpoints travel while training goes on
+        if self.killed is None and self._saved and isinstance(event, Stepped) and event.step.step >= self._step:
             self.killed = self._world.attempts(self._name)[-1]["pid"]
             os.kill(self.killed, signal.SIGKILL)
 
