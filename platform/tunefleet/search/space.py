@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
@@ -30,6 +30,21 @@ MOST_TRIED = 4096
 MOST_SWITCHES = 512
 """Combinations of words and switches that are looked through for what depends on what."""
 Values = Mapping[str, object]
+
+_SMALL = 64
+"""Most values of a domain that are tried one by one."""
+
+
+def _all_values(domain: Domain) -> Sequence[object]:
+    held = domains.values(domain)
+    if held is None:
+        raise ValueError(f"{domain} has no end of values")
+    return held
+
+
+def _telling_values(domain: Domain) -> Sequence[object]:
+    held = domains.values(domain)
+    return domains.ends(domain) if held is None or len(held) > _SMALL else held
 
 
 @dataclass(frozen=True)
@@ -106,29 +121,23 @@ class Branch:
         """The first key with no end of values."""
         return next((key for key, domain in self.domains.items() if domains.values(domain) is None), None)
 
-    def every(self, chosen: Values | None = None) -> Iterator[dict[str, object]]:
+    def every(self) -> Iterator[dict[str, object]]:
         """All combinations of the values of finite domains, children only where they have a meaning."""
-        chosen = dict(chosen or {})
-        key = next((key for key in self.domains if key not in chosen and self.has_meaning(key, chosen)), None)
-        if key is None:
-            yield chosen
-            return
-        held = domains.values(self.domains[key])
-        if held is None:
-            raise ValueError(f"{key} has no end of values")
-        for value in held:
-            yield from self.every({**chosen, key: value})
+        return self._combinations(_all_values, {})
 
-    def outlines(self, chosen: Values | None = None) -> Iterator[dict[str, object]]:
+    def outlines(self) -> Iterator[dict[str, object]]:
         """Combinations of all values of small domains and of the limits of the others."""
-        chosen = dict(chosen or {})
+        return self._combinations(_telling_values, {})
+
+    def _combinations(
+        self, values_of: Callable[[Domain], Sequence[object]], chosen: Values
+    ) -> Iterator[dict[str, object]]:
         key = next((key for key in self.domains if key not in chosen and self.has_meaning(key, chosen)), None)
         if key is None:
-            yield chosen
+            yield dict(chosen)
             return
-        held = domains.values(self.domains[key])
-        for value in domains.ends(self.domains[key]) if held is None or len(held) > 64 else held:
-            yield from self.outlines({**chosen, key: value})
+        for value in values_of(self.domains[key]):
+            yield from self._combinations(values_of, {**chosen, key: value})
 
     def legal_outlines(self) -> Iterator[dict[str, object]]:
         """Those that the recipe rules allow."""
