@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,7 +26,7 @@ print(json.dumps(cluster.address), flush=True)
 for line in sys.stdin:
     command = json.loads(line)
     if "add" in command:
-        node = cluster.add_node(wait=False, object_store_memory=100_000_000, **command["add"])
+        node = cluster.add_node(object_store_memory=100_000_000, **command["add"])
         nodes[node.node_id] = node
         print(json.dumps(node.node_id), flush=True)
     else:
@@ -61,6 +62,13 @@ class RayNodes:
     def kill(self, node: str) -> None:
         """Kill a node's raylet, which takes its workers along."""
         self._ask({"kill": node})
+
+    def drain(self, node: str, seconds: int) -> None:
+        """Give notice that a node will be taken away, as a cloud does."""
+        ray = str(Path(sys.executable).with_name("ray"))
+        what = ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command = [ray, "drain-node", "--address", self.address, *what, "--deadline-remaining-seconds", str(seconds)]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
 
     def processes(self) -> list[str]:
         """The names of all processes of this cluster, the workers' among them."""

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from tests.cluster import RayNodes, ray_nodes
 from tests.worker.alone import run_alone
-from tests.worker.clusters import Nodes, nodes
 from tests.worker.under_ray import SAVE_STEPS, Watching, World
 
 from tunefleet.artifacts.metrics import read_metrics
@@ -117,18 +117,18 @@ def test_sigterm_to_a_worker_costs_no_step_and_no_failure(world: World, workers:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Nodes]:
-    with nodes() as found:
+def cluster() -> Iterator[RayNodes]:
+    with ray_nodes() as found:
         yield found
 
 
 @pytest.fixture
-def raylets(tmp_path: Path, tiny_model: Path, quickstart_world: Path, cluster: Nodes) -> World:
+def raylets(tmp_path: Path, tiny_model: Path, quickstart_world: Path, cluster: RayNodes) -> World:
     return World(tmp_path, tiny_model, quickstart_world, cluster.address)
 
 
 @pytest.mark.slow
-def test_a_node_that_is_drained_costs_no_step_and_no_failure(raylets: World, cluster: Nodes) -> None:
+def test_a_node_that_is_drained_costs_no_step_and_no_failure(raylets: World, cluster: RayNodes) -> None:
     pair = [cluster.add(), cluster.add()]
     said: list[str] = []
     more: dict[str, object] = {
@@ -141,7 +141,7 @@ def test_a_node_that_is_drained_costs_no_step_and_no_failure(raylets: World, clu
         read_until(process, r"^step 30/", said)
         worker = psutil.Process(raylets.attempts("moved")[-1]["pid"])
         raylet = " ".join(worker.parents()[0].cmdline())
-        (here,) = [node for node in pair if node.node_id in raylet]
+        (here,) = [node for node in pair if node in raylet]
         cluster.drain(here, seconds=60)
         text = finish(process, said)
     assert "one of its nodes is about to be taken away; the run goes on in a new start" in text
@@ -155,7 +155,7 @@ def test_a_node_that_is_drained_costs_no_step_and_no_failure(raylets: World, clu
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_elastic_run_starts_small_grows_shrinks_and_computes_the_same(raylets: World, cluster: Nodes) -> None:
+def test_an_elastic_run_starts_small_grows_shrinks_and_computes_the_same(raylets: World, cluster: RayNodes) -> None:
     elastic: dict[str, object] = {
         "ray_num_workers": [1, 2],
         "per_device_train_batch_size": 32,
