@@ -54,10 +54,12 @@ class RayNodes:
     address: str
     _host: subprocess.Popen[str]
 
-    def add(self, cpus: float = 1, **resources: float) -> str:
-        """Start a node with so many CPUs and custom resources; returns its id."""
-        custom: dict[str, Any] = {"resources": resources} if resources else {}
-        return str(self._ask({"add": {"num_cpus": cpus, **custom}}))
+    def add(self, cpus: float = 1, home: Path | None = None, **resources: float) -> str:
+        """Start a node; returns its id. `home` gives it a home folder, so a token cache, of its own."""
+        more: dict[str, Any] = {"resources": resources} if resources else {}
+        if home is not None:
+            more["env_vars"] = {"HOME": str(home)}
+        return str(self._ask({"add": {"num_cpus": cpus, **more}}))
 
     def kill(self, node: str) -> None:
         """Kill a node's raylet, which takes its workers along."""

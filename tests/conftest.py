@@ -27,6 +27,7 @@ os.environ |= {
 }
 
 import pytest
+from tests.s3_server import Server, Way, s3_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,3 +75,18 @@ def ray_address() -> Iterator[str]:
     finally:
         head.stdin.close()
         head.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """An S3 server, and its buckets, of the file's own."""
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def way(server: Server) -> Iterator[Way]:
+    """A way to the S3 server that the test can cut."""
+    opened = Way(server)
+    yield opened
+    opened.close()

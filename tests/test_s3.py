@@ -8,28 +8,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.s3_server import Server, Way, s3_server, uri
+from tests.s3_server import Server, Way, uri
 
+from tunefleet.checkpoints import download_newest, newest_complete, prune, step_name, step_of
 from tunefleet.errors import Refused
-from tunefleet.storage import COMPLETE, Place, download_newest, newest_complete, place, prune, step_name, step_of
+from tunefleet.storage import COMPLETE, Place, place
 from tunefleet.stores import StoreFailed, for_ray
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def way(server: Server) -> Iterator[Way]:
-    opened = Way(server)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

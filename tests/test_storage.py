@@ -1,4 +1,4 @@
-"""Places on the local disk and on a file system that is reached through pyarrow alone."""
+"""Places, and checkpoints in them, on the local disk and on a file system that is reached through pyarrow alone."""
 
 from __future__ import annotations
 
@@ -11,20 +11,9 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from tunefleet.checkpoints import download_newest, forget_after, newest_complete, prune, step_name, step_of, to_delete
 from tunefleet.errors import Refused
-from tunefleet.storage import (
-    COMPLETE,
-    Damaged,
-    Place,
-    download_newest,
-    forget_after,
-    newest_complete,
-    place,
-    prune,
-    step_name,
-    step_of,
-    to_delete,
-)
+from tunefleet.storage import COMPLETE, Damaged, Place, place
 
 
 @pytest.fixture(params=["local", "remote"])

@@ -14,13 +14,15 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.record import RESULT
+from tunefleet.checkpoints import step_name
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
 from tunefleet.launch.runs import claimed, open_run
-from tunefleet.plan import Plan, make_plan
+from tunefleet.plan import Plan
+from tunefleet.planning import make_plan
 from tunefleet.recipe.read import read_flat
 from tunefleet.shapes import ClusterShape, NodeShape
-from tunefleet.storage import Place, place, step_name
+from tunefleet.storage import Place, place
 from tunefleet_strategies.contract import ModelShape, ParameterShape
 
 SHAPE = ModelShape("TinyForCausalLM", 10, 4, 1, (ParameterShape("embed", (10, 4), True),))

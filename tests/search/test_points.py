@@ -13,7 +13,8 @@ from tests.search.test_opening import opened
 
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
-from tunefleet.plan import Plan, make_plan
+from tunefleet.plan import Plan
+from tunefleet.planning import make_plan
 from tunefleet.recipe.tune import search_from
 from tunefleet.search.book import Book, Trial
 from tunefleet.search.points import PointSearcher

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.util import placement_group_table
+from tests.cluster import RayNodes, ray_nodes
 from tests.worker.under_ray import Watching, World
 
 from tunefleet.errors import RunFailed
@@ -18,74 +17,26 @@ from tunefleet.worker.events import Event, Started, Stepped, Worker
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
-# The head gives no CPU to workers, as on Kubernetes. Each other node has a home, so a token cache, of its own.
-_CLUSTER = """
-import json
-import sys
-from ray.cluster_utils import Cluster
-home = sys.argv[1]
-small = {"include_dashboard": False, "object_store_memory": 10**8}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
-nodes = [cluster.add_node(num_cpus=2, env_vars={"HOME": f"{home}/{name}"}, object_store_memory=10**8) for name in "ab"]
-print(json.dumps({"address": cluster.address, "nodes": [node.node_id for node in nodes]}), flush=True)
-sys.stdin.readline()
-cluster.remove_node(nodes[1], allow_graceful=False)
-print("removed", flush=True)
-sys.stdin.readline()
-cluster.shutdown()
-"""
 
-
+@dataclass(frozen=True)
 class TwoNodes:
-    """A head without CPUs and two nodes with two each, in a process of their own."""
+    """A head without CPUs, as on Kubernetes, and two nodes with two each and a home, so a token cache, of their own."""
 
-    def __init__(self, home: Path) -> None:
-        for name in "ab":
-            (home / name).mkdir()
-        self.home = home
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CLUSTER, str(home)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        told = json.loads(self._answer("{"))
-        self.address: str = told["address"]
-        self.nodes: list[str] = told["nodes"]
-
-    def remove_second(self) -> None:
-        self._go_on()
-        assert self._answer("removed")
-
-    def close(self) -> None:
-        self._go_on()
-        if self._process.poll() is None:
-            self._go_on()
-        self._process.wait(60)
-
-    def _answer(self, start: str) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(start):
-                return line
-        raise AssertionError("the cluster did not start")
-
-    def _go_on(self) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
+    cluster: RayNodes
+    nodes: list[str]
+    homes: list[Path]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
-    two = TwoNodes(tmp_path_factory.mktemp("homes"))
-    yield two
-    two.close()
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+    homes = [tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("home")]
+    with ray_nodes() as cluster:
+        yield TwoNodes(cluster, [cluster.add(cpus=2, home=home) for home in homes], homes)
 
 
 @pytest.fixture
-def there(cluster: TwoNodes, tmp_path: Path, tiny_model: Path, quickstart_world: Path) -> World:
-    return World(tmp_path, tiny_model, quickstart_world, cluster.address)
+def there(two: TwoNodes, tmp_path: Path, tiny_model: Path, quickstart_world: Path) -> World:
+    return World(tmp_path, tiny_model, quickstart_world, two.cluster.address)
 
 
 class Census:
@@ -120,20 +71,20 @@ def run(there: World, keys: dict[str, object]) -> Census:
 
 
 @pytest.mark.slow
-def test_four_workers_on_two_nodes_and_a_head_without_cpus(there: World, cluster: TwoNodes) -> None:
+def test_four_workers_on_two_nodes_and_a_head_without_cpus(there: World, two: TwoNodes) -> None:
     """Local ranks, threads and backend; each node tokenises once, and the driver's home is a third."""
     census = run(
         there, short(there, "four", 4, cache_dir=None, placement_strategy="SPREAD", max_samples=60, max_steps=2)
     )
     workers = census.workers
     assert [worker.rank for worker in workers] == [0, 1, 2, 3]
-    by_node = {node: [worker for worker in workers if worker.node == node] for node in cluster.nodes}
+    by_node = {node: [worker for worker in workers if worker.node == node] for node in two.nodes}
     for sitting in by_node.values():
         assert sorted(worker.local_rank for worker in sitting) == [0, 1]
         assert sum(worker.made_data for worker in sitting) == 1
     assert {(worker.device, worker.backend, worker.threads) for worker in workers} == {("cpu", "gloo", 1)}
-    for name in "ab":
-        made = [one for one in (cluster.home / name / ".cache" / "tunefleet").iterdir() if one.is_dir()]
+    for home in two.homes:
+        made = [one for one in (home / ".cache" / "tunefleet").iterdir() if one.is_dir()]
         assert len(made) == 1
 
 
@@ -146,12 +97,12 @@ def test_what_a_node_has_tokenised_stays_there(there: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "nodes"), [("SPREAD", 2), ("STRICT_PACK", 1), ("STRICT_SPREAD", 2)])
-def test_workers_are_laid_out_as_the_recipe_says(there: World, cluster: TwoNodes, strategy: str, nodes: int) -> None:
+def test_workers_are_laid_out_as_the_recipe_says(there: World, two: TwoNodes, strategy: str, nodes: int) -> None:
     census = run(there, short(there, strategy.lower(), 2, placement_strategy=strategy))
     assert census.group["strategy"] == strategy
     assert len({worker.node for worker in census.workers}) == nodes
     assert set(census.group["bundles_to_node_id"].values()) == {worker.node for worker in census.workers}
-    assert {worker.node for worker in census.workers} <= set(cluster.nodes)
+    assert {worker.node for worker in census.workers} <= set(two.nodes)
 
 
 @pytest.mark.slow
@@ -177,9 +128,7 @@ def test_what_the_cluster_can_never_hold_is_reported_after_a_stated_time(there: 
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_and_not_replaced_ends_the_run_with_what_is_missing(
-    there: World, cluster: TwoNodes
-) -> None:
+def test_a_node_that_is_lost_and_not_replaced_ends_the_run_with_what_is_missing(there: World, two: TwoNodes) -> None:
     """The last test of this file: a node goes."""
     from tunefleet.recipe.read import read_flat
 
@@ -187,8 +136,8 @@ def test_a_node_that_is_lost_and_not_replaced_ends_the_run_with_what_is_missing(
 
     def react(event: Event) -> None:
         if isinstance(event, Stepped) and event.step.step >= 30 and not gone:
-            gone.append("b")
-            cluster.remove_second()
+            gone.append(two.nodes[1])
+            two.cluster.kill(two.nodes[1])
 
     keys = short(there, "lost", 2, resources_per_worker={"CPU": 2}, ray_start_timeout=30, max_steps=100_000)
     keys |= {"save_strategy": "steps", "save_steps": 20, "ddp_timeout": 20}

@@ -7,8 +7,9 @@ import resource
 import pytest
 from tests.worker.under_ray import SAVE_STEPS, UPDATES, Watching, World
 
+from tunefleet.checkpoints import newest_complete, step_of
 from tunefleet.errors import RunFailed
-from tunefleet.storage import newest_complete, place, step_of
+from tunefleet.storage import place
 from tunefleet.worker.events import Event, Stepped
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.s3_server import Server, Way, s3_server, uri
+from tests.s3_server import Server, Way, uri
 from tests.worker.under_ray import SAVE_STEPS, UPDATES, Watching, World
 
 from tunefleet.artifacts.metrics import TIMING_FIELDS, read_metrics
@@ -22,18 +21,9 @@ from tunefleet.worker.events import Event, Saved, Stepped
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with s3_server() as running:
-        running.bucket("runs")
-        yield running
-
-
-@pytest.fixture
-def way(server: Server) -> Iterator[Way]:
-    opened = Way(server)
-    yield opened
-    opened.close()
+@pytest.fixture(scope="module", autouse=True)
+def runs(server: Server) -> None:
+    server.bucket("runs")
 
 
 def traces(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -41,6 +31,16 @@ def traces(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     lines = read_metrics(folder / "metrics.jsonl")
     exact = [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
     return exact, json.loads((folder / "result.json").read_text())["fingerprints"]
+
+
+def assert_no_credential_below(folder: str, server: Server) -> None:
+    """Read everything that a run has left in its bucket."""
+    keys = (os.environ["AWS_SECRET_ACCESS_KEY"].encode(), b"AWS_SECRET")
+    left = [name for name in server.objects("runs") if name.startswith(f"{folder}/")]
+    assert left
+    for name in left:
+        content = server.client().get_object(Bucket="runs", Key=name)["Body"].read()
+        assert not any(key in content for key in keys), name
 
 
 class Killer:
@@ -72,6 +72,7 @@ def test_a_killed_worker_goes_on_from_the_bucket(world: World, server: Server) -
     assert attempts[-1]["executed_steps"] == UPDATES - SAVE_STEPS
     assert traces(home) == traces(world.record("twin"))
     assert (home / "model.safetensors").is_file()
+    assert_no_credential_below("a", server)
     with pytest.raises(Refused, match="is finished"):
         world.run(world.recipe("killed", "full", 1, ray_storage_path=storage))
 
@@ -99,6 +100,7 @@ def test_half_a_minute_without_the_bucket_costs_nothing_but_time(
     checkpoints = place(uri(f"runs/b{workers}/cut/checkpoints", server.host)).children()
     assert len(checkpoints) == UPDATES // SAVE_STEPS
     assert all(checkpoint.problem(hashes=True) is None for checkpoint in checkpoints)
+    assert_no_credential_below(f"b{workers}", server)
 
 
 @pytest.mark.slow
@@ -116,17 +118,7 @@ def test_the_driver_stops_and_the_same_command_goes_on_from_the_bucket(world: Wo
     assert world.run(recipe, watching).exit_code == 0
     assert any("goes on from step" in note for note in watching.notes)
     assert traces(world.folder / "stopped") == traces(world.record("twin"))
-
-
-def test_no_credential_is_in_what_a_run_leaves(server: Server) -> None:
-    """Over everything that the runs of this file have left in their bucket."""
-    keys = (os.environ["AWS_SECRET_ACCESS_KEY"].encode(), b"AWS_SECRET")
-    client = server.client()
-    names = list(server.objects("runs"))
-    assert names
-    for name in names:
-        content = client.get_object(Bucket="runs", Key=name)["Body"].read()
-        assert not any(key in content for key in keys), name
+    assert_no_credential_below("c", server)
 
 
 @pytest.mark.parametrize("wrong", ["bucket", "credentials", "server"])

@@ -17,10 +17,11 @@ from tests.worker.slow_storage import slow_place
 from tunefleet.artifacts.claim import Claim, claim_run
 from tunefleet.artifacts.metrics import read_metrics
 from tunefleet.artifacts.record import read_attempts
+from tunefleet.checkpoints import newest_complete, step_of
 from tunefleet.errors import Superseded
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
-from tunefleet.storage import newest_complete, place, step_of
+from tunefleet.storage import place
 from tunefleet.worker.events import Saved, Stepped
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ from tunefleet.data.prepare import PreparedData, prepare
 from tunefleet.data.tokens import TokenSplit
 from tunefleet.errors import Refused
 from tunefleet.models import load_tokenizer, meta_model, model_shape
-from tunefleet.plan import Plan, make_plan, planned_precision
+from tunefleet.plan import Plan
+from tunefleet.planning import make_plan, planned_precision
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, DataShape, SplitShape
 from tunefleet.training import deepspeed_config

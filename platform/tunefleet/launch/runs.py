@@ -14,12 +14,13 @@ from filelock import FileLock, Timeout
 from tunefleet.artifacts.claim import claim_run
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.record import RESULT, without_secrets
+from tunefleet.checkpoints import forget_after, newest_complete, step_of
 from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.hardware import on_network
 from tunefleet.launch.home import refuse_unwritable
 from tunefleet.plan import Plan
-from tunefleet.storage import Place, forget_after, newest_complete, place, step_of
+from tunefleet.storage import Place, place
 
 _MATHEMATICS, _PLAN, _ORIGIN = "mathematics.json", "plan.json", "origin.json"
 

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.trackers.tracker import refuse_missing
+from tunefleet.checkpoints import newest_complete, step_of
 from tunefleet.errors import BrokenOff, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
@@ -27,7 +28,7 @@ from tunefleet.launch.waiting import Waiting
 from tunefleet.models import check_weights
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import Recipe
-from tunefleet.storage import Place, newest_complete, place, step_of
+from tunefleet.storage import Place, place
 from tunefleet.worker.events import Event, Noticed, Started
 from tunefleet.worker.job import JobConfig
 from tunefleet.worker.mailbox import collect, open_mailbox

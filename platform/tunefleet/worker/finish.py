@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from tunefleet.artifacts.claim import Claim
 from tunefleet.artifacts.fingerprints import fingerprint
+from tunefleet.checkpoints import step_name
 from tunefleet.models import causal_lm
-from tunefleet.storage import step_name
 from tunefleet.training.checkpoint import fingerprints, load_weights
 from tunefleet.worker.build import OpenedData, Trainee
 from tunefleet.worker.job import Job

@@ -13,8 +13,9 @@ from typing import Any, Self
 
 from tunefleet.artifacts.claim import Claim
 from tunefleet.artifacts.folder import RunFolder
+from tunefleet.checkpoints import prune, step_name
 from tunefleet.hardware import on_network
-from tunefleet.storage import Place, prune, step_name
+from tunefleet.storage import Place
 from tunefleet.training.checkpoint import Progress, save
 from tunefleet.worker.build import Trainee
 from tunefleet.worker.job import Job

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tunefleet.checkpoints import newest_complete
 from tunefleet.errors import Refused
-from tunefleet.storage import Place, newest_complete, place
+from tunefleet.storage import Place, place
 from tunefleet.training.checkpoint import load_initial
 from tunefleet.worker.job import Job
 from tunefleet.worker.seat import Seat

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
-from tunefleet.plan import Plan, _refuse_elastic, batch_schedule, make_plan, planned_precision
+from tunefleet.plan import Plan, batch_schedule
+from tunefleet.planning import _refuse_elastic, make_plan, planned_precision
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, DataShape, NodeShape, SplitShape
