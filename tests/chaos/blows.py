@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,7 +21,7 @@ from tests.s3_server import Way
 from tests.worker.under_ray import SAVE_STEPS, Watching, World
 
 from tunefleet.storage import place
-from tunefleet.worker.events import Event, Saved, Stepped
+from tunefleet.worker.events import Event, Saved, Started, Stepped
 
 Victim = Literal["worker", "raylet", "driver", "storage"]
 
@@ -101,16 +101,20 @@ class Damage:
 class Once:
     """Does something behind a step, once, as soon as a checkpoint is in storage."""
 
-    def __init__(self, step: int, strike: Callable[[], None]) -> None:
+    def __init__(self, step: int, strike: Callable[[Sequence[str]], None]) -> None:
+        """Args: strike: what is done, given the node of each worker."""
         self._step, self._strike = step, strike
         self._saved = False
+        self._seats: list[str] = []
         self.hit_step: int | None = None
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._seats = [worker.node for worker in event.workers]
         self._saved = self._saved or isinstance(event, Saved)
         if self.hit_step is None and self._saved and isinstance(event, Stepped) and event.step.step >= self._step:
             self.hit_step = event.step.step
-            self._strike()
+            self._strike(self._seats)
 
 
 def kill_worker(record: str) -> None:
@@ -119,9 +123,10 @@ def kill_worker(record: str) -> None:
     os.kill(json.loads(last)["pid"], signal.SIGKILL)
 
 
-def kill_node(nodes: RayNodes, live: list[str], draw: random.Random) -> None:
-    """SIGKILL for the raylet of one of the nodes; another one takes its place."""
-    nodes.kill(live.pop(draw.randrange(len(live))))
+def kill_node(nodes: RayNodes, live: list[str], node: str) -> None:
+    """SIGKILL for the raylet of a node; another one takes its place."""
+    live.remove(node)
+    nodes.kill(node)
     live.append(nodes.add(cpus=1))
 
 
@@ -140,22 +145,25 @@ def run_watched(world: World, keys: dict[str, object], once: Once) -> None:
 
 
 def run_with_driver_killed(world: World, keys: dict[str, object], step: int) -> int:
-    """The command, SIGKILL for it behind a step, and the same command again. Returns the step."""
+    """The command, SIGKILL for it behind a step once a checkpoint is in storage, and the same command again.
+
+    Returns the step.
+    """
     recipe = world.folder / f"{keys['ray_run_name']}.yaml"
     recipe.write_text(yaml.safe_dump(keys))
     command = [str(Path(sys.executable).with_name("tunefleet")), "train", str(recipe)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert driver.stdout is not None
-    hit = 0
+    hit, saved = 0, False
     for line in driver.stdout:
         taken = re.match(r"step (\d+)/", line)
-        if taken is not None and int(taken[1]) >= step:
-            hit = int(taken[1])
+        hit = int(taken[1]) if taken is not None else hit
+        saved = saved or line.rstrip().endswith("checkpoint saved")
+        if saved and hit >= step:
             driver.kill()
             break
-    driver.wait(timeout=60)
+    assert driver.wait(timeout=60) == -signal.SIGKILL, "the run ended before the blow"
     driver.stdout.close()
-    assert hit, "the run ended before the blow"
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return hit

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def strike(
         way = Way(bucket)
         try:
             keys |= {"ray_storage_path": uri(f"chaos/{blow.name}", way.host)}
-            once = Once(step, lambda: cut(way))
+            once = Once(step, lambda _: cut(way))
             run_watched(world, keys, once)
             assert not way.is_cut
         finally:
@@ -102,7 +103,10 @@ def strike(
         hit = run_with_driver_killed(world, keys, step)
     else:
         record = str(world.record("hit"))
-        blows = {"worker": lambda: kill_worker(record), "raylet": lambda: kill_node(nodes, LIVE, draw)}
+        blows: dict[str, Callable[[Sequence[str]], None]] = {
+            "worker": lambda _: kill_worker(record),
+            "raylet": lambda seats: kill_node(nodes, LIVE, draw.choice(seats)),
+        }
         once = Once(step, blows[blow.victim])
         run_watched(world, keys, once)
         assert once.hit_step is not None
