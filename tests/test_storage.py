@@ -240,6 +240,16 @@ def test_an_object_stores_uri_opens_its_children() -> None:
     assert below.local_path is None
 
 
+def test_google_clouds_uri_opens_its_children() -> None:
+    """Nothing is said to a server until something is read."""
+    options = "scheme=http&endpoint_override=localhost:1&retry_limit_seconds=3"
+    bucket = place(f"gs://anonymous@bucket/runs?{options}")
+    below = bucket.child("checkpoints", "step 5")
+    assert bucket.filesystem.type_name == "gcs"
+    assert below.uri == f"gs://anonymous@bucket/runs/checkpoints/step%205?{options}"
+    assert place(below.uri).path == below.path == "bucket/runs/checkpoints/step 5"
+
+
 @pytest.mark.parametrize("uri", ["foo://bucket/x", "s3://", "hdfs://nowhere.invalid:1/x"])
 def test_what_cannot_be_opened_is_one_sentence(uri: str) -> None:
     with pytest.raises(Refused) as refusal:

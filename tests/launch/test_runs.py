@@ -106,6 +106,15 @@ def test_an_unfinished_run_is_continued(
     assert steps(folder) == [5, 10]
 
 
+def test_another_number_of_threads_is_said(folder: RunFolder, weights: Path, tmp_path: Path) -> None:
+    open_run(planned(tmp_path, resources_per_worker={"CPU": 2}), folder)
+    save(folder, weights, 5)
+    one = planned(tmp_path, resources_per_worker={"CPU": 1})
+    goes_on, threads = open_run(one, folder)
+    assert "1 thread(s), and had 2 before" in threads
+    assert open_run(one, folder) == [goes_on]
+
+
 def test_a_run_on_another_file_system_is_continued(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     folder = RunFolder(Place(SubTreeFileSystem(str(tmp_path / "far"), LocalFileSystem()), "first"))

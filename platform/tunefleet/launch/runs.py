@@ -124,7 +124,24 @@ def _continue(plan: Plan, folder: RunFolder) -> list[str]:
     _refuse_differences(plan, folder)
     if newest is None:
         return notices
-    return [*notices, f"The run {plan.place.run_name} goes on from step {step_of(newest)}."]
+    goes_on = f"The run {plan.place.run_name} goes on from step {step_of(newest)}."
+    return [*notices, goes_on, *_other_rounding(plan, folder)]
+
+
+def _other_rounding(plan: Plan, folder: RunFolder) -> list[str]:
+    """A word on what lets sums be rounded otherwise than before: bit-identity holds at one number of threads."""
+    record = folder.record.child(_PLAN)
+    try:
+        before = json.loads(record.read_text())["workers"]["threads"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return []
+    now = plan.workers.threads
+    if before == now:
+        return []
+    return [
+        f"Each worker has {now} thread(s), and had {before} before: sums are rounded otherwise, so the run is what it "
+        f"would have been to rounding and not bit for bit."
+    ]
 
 
 def _named_checkpoint(plan: Plan) -> Place | None:
