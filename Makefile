@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-slow chaos check bench bench-scaling clean
+.PHONY: help install quickstart test test-gpu test-slow chaos check bench bench-scaling bench-search-quality clean
 
 help: ## Say what there is to make.
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-20s %s\n' "$$name" "$$text"; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tunefleet needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
@@ -47,6 +47,9 @@ bench: $(INSTALLED) ## Speed beside the peers; makes their environments by itsel
 
 bench-scaling: $(INSTALLED) ## Tokens per second and bytes sent, on one and two workers, for every method and engine.
 	$(BIN)/python benchmarks/scaling.py
+
+bench-search-quality: $(INSTALLED) ## What searches find, beside trying everything; after `make quickstart`.
+	$(BIN)/python benchmarks/search_quality.py
 
 clean: ## Remove caches and the quickstart's files; .venv and outputs/ stay.
 	rm -rf .quickstart .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
