@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -224,6 +225,48 @@ def data(
         return
     for text in rows_as_text(prepared.train, tokenizer, rows):
         _console.print(text)
+
+
+StoragePath = Annotated[str, typer.Option("--storage", help="The ray_storage_path of the recipes: a folder or a URI.")]
+
+
+@app.command()
+def ps(
+    storage: Annotated[str, typer.Argument(help="A ray_storage_path: a folder or a URI.")] = "~/tunefleet",
+    as_json: AsJson = False,
+) -> None:
+    """List the runs and searches of a storage path: state, step, best metric, from their records."""
+    from tunefleet.commands.overview import overview_table, overviews
+    from tunefleet.storage import place
+
+    now = datetime.now(UTC)
+    found = overviews(place(storage), now)
+    if as_json:
+        _print_json([asdict(one) for one in found])
+    elif not found:
+        _print_plain(_console, f"No run and no search below {storage}.")
+    else:
+        _console.print(overview_table(found, now))
+
+
+@app.command()
+def fetch(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's or search's name; or its own path or URI.")],
+    to: Annotated[Path, typer.Option(help="A folder on this machine.")],
+    storage: StoragePath = "~/tunefleet",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over files of something else.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the model and record of a finished run, or what a search found, from its storage."""
+    from tunefleet.commands.fetch import fetch as bring
+    from tunefleet.commands.fetch import named
+
+    source = named(run, storage)
+    folder = bring(source, to, overwrite=overwrite)
+    if as_json:
+        _print_json({"folder": str(folder), "run": source.uri})
+    else:
+        _print_plain(_console, str(folder), "bold")
 
 
 @app.command()

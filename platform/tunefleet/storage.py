@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 from urllib.parse import quote
@@ -81,6 +82,11 @@ class Place:
     def exists(self) -> bool:
         """Whether a file or a folder is here."""
         return bool(self._info().type != FileType.NotFound)
+
+    def changed(self) -> datetime | None:
+        """When the file here was written last; None where there is none."""
+        info = self._info()
+        return info.mtime if info.type == FileType.File else None
 
     def children(self) -> list[Place]:
         """The files and folders right below, by name; none where there is no such folder."""

@@ -19,11 +19,14 @@ TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", "mfu", WORKERS})
 
 
 def read_metrics(file: Path) -> list[Line]:
+    """Every whole line of a file; none where there is no file."""
+    return metrics_of(file.read_bytes()) if file.is_file() else []
+
+
+def metrics_of(content: bytes) -> list[Line]:
     """Every whole line, up to the first that is torn (a killed writer leaves one at the end)."""
     lines: list[Line] = []
-    if not file.is_file():
-        return lines
-    for text in file.read_bytes().splitlines(keepends=True):
+    for text in content.splitlines(keepends=True):
         try:
             line = json.loads(text)
         except ValueError:

@@ -22,7 +22,7 @@ from tunefleet.launch.home import refuse_unwritable
 from tunefleet.plan import Plan
 from tunefleet.storage import Place, place
 
-_MATHEMATICS, _PLAN, _ORIGIN = "mathematics.json", "plan.json", "origin.json"
+_MATHEMATICS, PLAN, _ORIGIN = "mathematics.json", "plan.json", "origin.json"
 
 # Ray's own notes on checkpoints. They go before each start: ours decide, and Ray refuses to start where its notes name
 # a checkpoint that retention has removed.
@@ -99,7 +99,7 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
         notices = _continue(plan, folder)
     clear_notes(folder)
     folder.record.child(_MATHEMATICS).write_text(json.dumps(mathematics(plan), indent=2))
-    folder.record.child(_PLAN).write_text(json.dumps(without_secrets(plan.model_dump(mode="json")), indent=2))
+    folder.record.child(PLAN).write_text(json.dumps(without_secrets(plan.model_dump(mode="json")), indent=2))
     return notices
 
 
@@ -130,7 +130,7 @@ def _continue(plan: Plan, folder: RunFolder) -> list[str]:
 
 def _other_rounding(plan: Plan, folder: RunFolder) -> list[str]:
     """A word on what lets sums be rounded otherwise than before: bit-identity holds at one number of threads."""
-    record = folder.record.child(_PLAN)
+    record = folder.record.child(PLAN)
     try:
         before = json.loads(record.read_text())["workers"]["threads"]
     except (FileNotFoundError, ValueError, KeyError):

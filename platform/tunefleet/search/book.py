@@ -20,6 +20,8 @@ from tunefleet.search.space import Point
 from tunefleet.storage import Place
 
 BOOK, SEARCHER = "trials.json", "searcher.state"
+PLANS, RUNS = "plans", "trials"
+"""Folders of a search: the plan of each trial, and its run."""
 State = Literal["waiting", "running", "paused", "finished", "stopped", "failed", "infeasible", "cut"]
 """paused: until the scheduler lets it go on; stopped: by the scheduler; cut: by the end of the budget; infeasible: it
 cannot run here."""

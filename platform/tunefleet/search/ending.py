@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,14 +22,12 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import RunFailed
-from tunefleet.launch.home import bring_home, mark
 from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import Book, Trial, best, front
 from tunefleet.search.live import COLOURS, sampled
 from tunefleet.search.plots import best_so_far_plot, trials_plot
-from tunefleet.search.trial import RUNS
+from tunefleet.search.result import bring_search_home, keep_result
 from tunefleet.search.trials import Workshop
 
 _OF_A_SEARCH = ("overwrite_output_dir", "resume_from_checkpoint", "ray_run_name")
@@ -47,21 +46,25 @@ def leave(shop: Workshop, book: Book, output_dir: Path, *, plot: bool) -> None:
         errors = [trial for trial in book.trials if trial.error is not None]
         why = f", the first of the errors is {errors[0].error}" if errors else ""
         raise RunFailed(f"None of the {len(book.trials)} trials went to its end{why}: see {book_uri(shop)}.")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if len(settings.metrics) == 1:
-        bring_home(RunFolder(shop.search.child(RUNS, winners[0].name)), output_dir, plot)
-        write_recipe(shop, winners[0], output_dir / "best.yaml")
-    else:
-        for place, trial in enumerate(winners, 1):
-            write_recipe(shop, trial, output_dir / f"front_{place}.yaml")
-    (output_dir / "best_of").mkdir(exist_ok=True)
-    for trial in best_of_each(book, settings):
+    with tempfile.TemporaryDirectory(prefix="tunefleet-") as name:
+        files = Path(name)
+        write_recipes(shop, book, winners, files)
+        pq.write_table(trials_columns(book, settings), files / "trials.parquet")
+        best_so_far_plot(book.trials, settings.metrics[0], settings.modes[0], files / "best_so_far.png")
+        trials_plot(book.trials, settings.metrics[0], files / "trials.png")
+        keep_result(shop.search, files, [trial.name for trial in winners])
+    bring_search_home(shop.search, output_dir, plot=plot)
+
+
+def write_recipes(shop: Workshop, book: Book, winners: Sequence[Trial], folder: Path) -> None:
+    """The recipe of the best trial, or of each of the front, and that of each branch's best."""
+    alone = len(shop.tune.metrics) == 1
+    for place, trial in enumerate(winners, 1):
+        write_recipe(shop, trial, folder / ("best.yaml" if alone else f"front_{place}.yaml"))
+    (folder / "best_of").mkdir()
+    for trial in best_of_each(book, shop.tune):
         name = re.sub(r"[^A-Za-z0-9]+", "_", trial.branch_name).strip("_")
-        write_recipe(shop, trial, output_dir / "best_of" / f"{name}.yaml")
-    pq.write_table(trials_columns(book, settings), output_dir / "trials.parquet")
-    best_so_far_plot(book.trials, settings.metrics[0], settings.modes[0], output_dir / "best_so_far.png")
-    trials_plot(book.trials, settings.metrics[0], output_dir / "trials.png")
-    mark(output_dir, shop.search.uri)
+        write_recipe(shop, trial, folder / "best_of" / f"{name}.yaml")
 
 
 def book_uri(shop: Workshop) -> str:

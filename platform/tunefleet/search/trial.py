@@ -25,14 +25,13 @@ from tunefleet.launch.runs import claimed, open_run
 from tunefleet.launch.train import Running
 from tunefleet.plan import Plan
 from tunefleet.search.board import Progress
-from tunefleet.search.book import Report
+from tunefleet.search.book import PLANS, Report
 from tunefleet.search.schedulers import RUNG, rung
 from tunefleet.storage import Place, place
 from tunefleet.worker.events import Evaluated, Event, Logged, Started, Stepped
 from tunefleet.worker.failures import Failure, failures, last_failure
 from tunefleet_strategies.contract import StrategyError
 
-PLANS, RUNS = "plans", "trials"
 ENDED, ERROR = "ended", "error"
 """Words of a trial's last result: how it ended ("finished", "failed", "infeasible", "interrupted"), and why."""
 FIGURES = ("step", "loss", "eval_loss", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds")

@@ -11,10 +11,10 @@ from tunefleet.errors import Refused
 from tunefleet.launch.draft import Stages, draft
 from tunefleet.plan import Plan
 from tunefleet.recipe.tune import TuneSettings
-from tunefleet.search.book import Trial
+from tunefleet.search.book import RUNS, Trial
 from tunefleet.search.sizing import Size, shared_batch, trial_keys, trial_recipe
 from tunefleet.search.space import WISH, Branch, Point, Space
-from tunefleet.search.trial import RUNS, plan_place
+from tunefleet.search.trial import plan_place
 from tunefleet.shapes import ClusterShape
 from tunefleet.storage import Place
 from tunefleet_strategies.contract import StrategyError

@@ -32,16 +32,17 @@ from tunefleet.models import check_weights
 from tunefleet.recipe.sections import RaySettings, Recipe, RunSettings
 from tunefleet.recipe.tune import SearchRecipe, TuneSettings
 from tunefleet.search.board import open_board
-from tunefleet.search.book import Book, State
+from tunefleet.search.book import PLANS, RUNS, Book, State
 from tunefleet.search.ending import leave
 from tunefleet.search.live import SearchDisplay
 from tunefleet.search.opening import open_space
 from tunefleet.search.points import PointSearcher
+from tunefleet.search.result import RESULT_FOLDER
 from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
 from tunefleet.search.searchers import refuse_missing, suggestions
 from tunefleet.search.sizing import most_at_once
 from tunefleet.search.space import WISH, Space
-from tunefleet.search.trial import ENDED, ERROR, FIGURES, PLANS, RUNS, RunTrial, sentence
+from tunefleet.search.trial import ENDED, ERROR, FIGURES, RunTrial, sentence
 from tunefleet.search.trials import BranchPlan, Workshop, smallest
 from tunefleet.storage import Place, place
 from tunefleet.worker.failures import failures, last_failure
@@ -198,7 +199,7 @@ def _identity(search: SearchRecipe) -> dict[str, JsonValue]:
 
 
 def _clear(folder: Place) -> None:
-    for name in (RUNS, PLANS, _RAY_FILES, "trials.json", "searcher.state"):
+    for name in (RUNS, PLANS, RESULT_FOLDER, _RAY_FILES, "trials.json", "searcher.state"):
         folder.child(name).delete()
 
 

@@ -1,0 +1,1 @@
+"""What commands do that look at runs from outside: list them, fetch them."""
