@@ -146,8 +146,10 @@ def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
     from tunefleet.recipe.tune import read_search
 
     search = read_search(recipe, [*(overrides or []), *([] if address is None else [f"ray_address={address}"])])
-    from tunefleet.search.ending import result_table, winning
+    from tunefleet.search.ending import result_table, tournament_table, winning
     from tunefleet.search.live import open_search_display
+    from tunefleet.search.tournament import as_json as standings_as_json
+    from tunefleet.search.tournament import standings
     from tunefleet.search.tuner import tune as run
 
     display = open_search_display(_errors if as_json else _console, search.tune.metrics[0])
@@ -155,12 +157,17 @@ def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
     if as_json:
         best = [asdict(trial) for trial in winning(outcome.book, outcome.tune)]
         counts = {"trials": len(outcome.book.trials), "ended": sum(trial.ended for trial in outcome.book.trials)}
-        _print_json({"output_dir": str(outcome.output_dir), "search": outcome.search.uri, **counts, "best": best})
+        place = {"output_dir": str(outcome.output_dir), "search": outcome.search.uri}
+        table = standings_as_json(standings(outcome.book, outcome.tune), outcome.tune)
+        ranked = {"tournament": table} if outcome.tune.tournament else {}
+        _print_json({**place, **counts, "best": best, **ranked})
     elif outcome.exit_code:
         left = len(outcome.book.open_trials)
         _console.print(f"Stopped with {left} trial(s) under way; the same command goes on from their checkpoints.")
     else:
         _console.print(result_table(outcome.book, outcome.tune))
+        if outcome.tune.tournament:
+            _console.print(tournament_table(standings(outcome.book, outcome.tune), outcome.tune))
         _print_plain(_console, str(outcome.output_dir), "bold")
     sys.exit(outcome.exit_code)
 

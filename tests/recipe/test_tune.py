@@ -42,7 +42,10 @@ def test_a_budget_is_in_hours() -> None:
     ("block", "sentence"),
     [
         ({"memory_limit": "24GB"}, "tune.memory_limit: there is no estimate of a trial's memory yet; remove it"),
-        ({"tournament": True}, "tune.tournament: brackets for each method are not built yet"),
+        ({"tournament": True, "search": "grid"}, "tune.tournament: gives each method as many trials, and a grid"),
+        ({"tournament": True, "metric": ["loss", "mfu"]}, "tune.tournament: compares methods by one metric"),
+        ({"tournament": True, "scheduler": "hyperband"}, "tune.tournament: judges trials within their method"),
+        ({"finalist_seeds": 2}, "tune.finalist_seeds: is for tournament: true; write that, or remove it"),
         ({"scheduler": "pbt"}, "tune.scheduler: pbt is not built yet; write scheduler: asha"),
         ({"trial_host": "warm"}, "tune.trial_host: every trial starts workers of its own"),
         ({"num_sample": 3}, "tune.num_sample: is no key of a search; did you mean tune.num_samples?"),

@@ -169,6 +169,10 @@ def _no_metric(chance: random.Random) -> tuple[list[Block], Block]:
     return legal_space(chance), {"metric": chance.choice(["accuracy", "val_loss", "evalloss"])}
 
 
+def _no_tournament(chance: random.Random) -> tuple[list[Block], Block]:
+    return [legal_branch(chance)], {"tournament": True, "num_samples": chance.randint(1, 9)}
+
+
 RULES: dict[str, Callable[[random.Random], tuple[list[Block], Block]]] = {
     "domain": _bad_domain,
     "value": _bad_value,
@@ -181,6 +185,7 @@ RULES: dict[str, Callable[[random.Random], tuple[list[Block], Block]]] = {
     "grid": _no_grid,
     "bohb": _no_bohb,
     "metric": _no_metric,
+    "tournament": _no_tournament,
 }
 NAMES: dict[str, str] = {
     "domain": "learning_rate: ",
@@ -192,5 +197,6 @@ NAMES: dict[str, str] = {
     "grid": "no grid goes through them",
     "bohb": "bohb knows no branches",
     "metric": "is no figure that runs report",
+    "tournament": "compares methods, and tune.space has one branch",
 }
 """Words of the sentence that names a rule."""

@@ -14,10 +14,11 @@ from tunefleet.errors import Refused
 from tunefleet.recipe.tune import TuneSettings, search_from
 from tunefleet.search.board import Progress
 from tunefleet.search.book import Book, Report, State, Trial, best, front
-from tunefleet.search.ending import best_of_each, result_table, trials_columns
+from tunefleet.search.ending import result_table, trials_columns
 from tunefleet.search.live import TrialLines, remaining, trials_table
 from tunefleet.search.plots import best_so_far, best_so_far_plot, trials_plot
 from tunefleet.search.space import Point
+from tunefleet.search.tournament import finalists
 from tunefleet.storage import place
 
 
@@ -89,7 +90,7 @@ def test_the_best_is_the_best_of_the_whole_trials(tune: TuneSettings, book: Book
     assert found.number == 3  # trial 2 was lower, but was stopped on the way and has no model
     assert best(TRIALS, "eval_loss", "max") == TRIALS[0]
     assert best(TRIALS[3:4], "eval_loss", "min") is None
-    assert [one.number for one in best_of_each(book, tune)] == [3, 5]
+    assert [one.number for one in finalists(book, tune)] == [3, 5]
 
 
 def test_the_front_has_every_trial_that_none_beats() -> None:

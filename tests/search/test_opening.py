@@ -125,3 +125,10 @@ def test_a_grid_of_too_many_points_is_refused() -> None:
     ]
     (line,) = refusals(space, {"search": "grid"})
     assert "too many for a grid" in line
+
+
+def test_the_trials_of_a_tournament_are_shared_evenly() -> None:
+    forms = [{"finetuning_type": "lora"}, {"finetuning_type": "full"}, {"finetuning_type": "freeze"}]
+    (line,) = refusals(forms, {"tournament": True, "num_samples": 10})
+    assert line == "tune.num_samples: 10 cannot be shared evenly by the 3 branches of a tournament; write 12"
+    assert opened(forms, {"tournament": True, "num_samples": 12})

@@ -18,9 +18,10 @@ from tunefleet.planning import make_plan
 from tunefleet.recipe.tune import search_from
 from tunefleet.search.book import Book, Trial
 from tunefleet.search.points import PointSearcher
-from tunefleet.search.searchers import suggestions
+from tunefleet.search.searchers import pools
 from tunefleet.search.sizing import trial_keys, trial_recipe
 from tunefleet.search.space import Point
+from tunefleet.search.tournament import repeats_due, samples
 from tunefleet.shapes import ClusterShape, NodeShape
 from tunefleet.storage import place
 from tunefleet_strategies.contract import ModelShape, ParameterShape
@@ -56,12 +57,12 @@ class Desk:
 
         self.searcher = PointSearcher(
             self.space,
-            suggestions(self.space, search.tune, 0),
+            pools(self.space, search.tune, samples(search.tune, len(self.space.branches)), 0),
             self.book,
             draft,
             put,
             FOUR,
-            samples=search.tune.num_samples,
+            repeats=(lambda: repeats_due(self.book, search.tune, 42)) if search.tune.tournament else None,
             most_at_once=at_once,
             seed=0,
         )
@@ -171,7 +172,7 @@ def test_a_result_that_the_searcher_has_not_heard_of_is_told_again(tmp_path: Pat
     first.book.save()  # and killed before Tune told the searcher
 
     again = Desk(tmp_path, RANKS, search="optuna", num_samples=4)
-    study: Any = again.searcher._inner.searcher._ot_study  # type: ignore[attr-defined]
+    study: Any = again.searcher._pools[0].searcher.searcher._ot_study  # type: ignore[attr-defined]
     assert [one.value for one in study.get_trials(deepcopy=False) if one.value is not None] == [0.5]
 
 
@@ -184,3 +185,75 @@ def test_an_interrupted_trial_is_not_told_and_comes_again(tmp_path: Path) -> Non
     taken = again.take("b")
     assert taken is not None
     assert taken.name == trial.name
+
+
+METHODS: list[dict[str, Any]] = [
+    {"finetuning_type": "lora", "ray_num_workers": 1, "lora_rank": {"randint": [1, 500]}},
+    {"finetuning_type": "full", "ray_num_workers": 1, "learning_rate": {"uniform": [1e-5, 1e-3]}},
+    {"finetuning_type": "freeze", "ray_num_workers": 1, "learning_rate": {"uniform": [1e-5, 1e-3]}},
+]
+
+
+@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
+def test_a_tournament_gives_each_method_as_many_trials_then_repeats_the_best_of_each(
+    tmp_path: Path, search: str
+) -> None:
+    desk = Desk(tmp_path, METHODS, search=search, num_samples=9, tournament=True, finalist_seeds=2)
+    found = desk.run()
+    sampled, repeats = found[:9], found[9:]
+    # In turns, so that a budget that ends early has been shared as well.
+    assert [trial.branch for trial in sampled] == [0, 1, 2] * 3
+    # Losses are the trials' numbers, so the first of each method is its finalist; one seed of all, then the next.
+    assert [(trial.repeats, trial.seed) for trial in repeats] == [(1, 43), (2, 43), (3, 43), (1, 44), (2, 44), (3, 44)]
+    assert [trial.values for trial in repeats[:3]] == [trial.values for trial in sampled[:3]]
+    assert len({trial.name for trial in found}) == 15
+
+
+def test_finalists_are_chosen_when_every_bracket_has_ended(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, METHODS, search="random", num_samples=3, tournament=True, finalist_seeds=1)
+    running = {name: desk.take(name) for name in ("a", "b", "c")}
+    for name in ("a", "b"):
+        trial = running[name]
+        assert trial is not None
+        desk.end(name, trial)
+        assert desk.searcher.suggest("d") is None  # not now, and not the end
+    last = running["c"]
+    assert last is not None
+    desk.end("c", last)
+    final = desk.take("d")
+    assert final is not None
+    assert final.repeats == 1
+
+
+def test_a_tournament_that_was_killed_among_its_repeats_goes_on_with_those_left(tmp_path: Path) -> None:
+    block: dict[str, Any] = {"search": "optuna", "num_samples": 6, "tournament": True, "finalist_seeds": 2}
+    first = Desk(tmp_path, METHODS, **block)
+    for number in range(7):
+        trial = first.take(f"t{number}")
+        assert trial is not None
+        if number < 6:
+            first.end(f"t{number}", trial, loss=float(number))
+    del first  # killed while the first repeat runs
+
+    again = Desk(tmp_path, METHODS, **block)
+    found = again.run()
+    assert [(trial.number, trial.repeats, trial.seed) for trial in found] == [
+        (7, 1, 43),
+        (8, 2, 43),
+        (9, 3, 43),
+        (10, 1, 44),
+        (11, 2, 44),
+        (12, 3, 44),
+    ]
+
+
+def test_more_trials_of_a_tournament_that_make_another_finalist_repeat_that_one(tmp_path: Path) -> None:
+    block: dict[str, Any] = {"search": "random", "tournament": True, "finalist_seeds": 1}
+    Desk(tmp_path, METHODS, **block, num_samples=3).run()
+    again = Desk(tmp_path, METHODS, **block, num_samples=6)
+    for number in range(3):
+        trial = again.take(f"t{number}")
+        assert trial is not None
+        again.end(f"t{number}", trial, loss=-1.0 if trial.branch == 1 else 9.0)
+    found = again.run()
+    assert [(trial.branch, trial.repeats) for trial in found] == [(1, 8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -149,6 +150,37 @@ def test_hyperband_ends_with_whole_trials_and_nothing_left(world: World, search:
     assert len(states) == 4
     assert set(states) <= {"finished", "stopped"}
     assert "finished" in states
+    assert all_given_back(world)
+
+
+@pytest.mark.slow
+def test_a_tournament_repeats_the_best_of_each_method_under_other_seeds_and_names_the_winner(world: World) -> None:
+    """LoRA's rates are hopeless, so full tuning wins; its better rate is its finalist."""
+    space = [
+        {"finetuning_type": "lora", "ray_num_workers": 1, "learning_rate": {"choice": [1e-7, 2e-7]}},
+        {"finetuning_type": "full", "ray_num_workers": 1, "learning_rate": {"choice": [1e-6, 3e-3]}},
+    ]
+    block = {"search": "random", "num_samples": 4, "scheduler": "asha", "tournament": True, "finalist_seeds": 2}
+    outcome, _ = run(world, space, tune=block)
+    sampled, repeats = outcome.book.trials[:4], outcome.book.trials[4:]
+    assert [trial.branch_name for trial in sampled].count("lora") == 2
+    assert [trial.state for trial in repeats] == ["finished"] * 4
+    assert sorted((trial.branch_name, trial.seed) for trial in repeats) == [
+        ("full", 8),
+        ("full", 9),
+        ("lora", 8),
+        ("lora", 9),
+    ]
+    told = json.loads((world.folder / "search" / "tournament.json").read_text())
+    assert told["winner"] == "full"
+    (full,) = (one for one in told["methods"] if one["method"] == "full")
+    finalist = outcome.book.trials[full["finalist"] - 1]
+    assert finalist.values == {"learning_rate": 3e-3}
+    # Other seeds, so other losses; each is that of its own run.
+    assert len({*full["values"], finalist.last("eval_loss")}) == 3
+    assert full["values"] == [trial.last("eval_loss") for trial in repeats if trial.branch_name == "full"]
+    best = read_recipe(world.folder / "search" / "best.yaml")
+    assert (best.method.name, best.training.learning_rate, best.training.seed) == ("full", 3e-3, 7)
     assert all_given_back(world)
 
 

@@ -20,7 +20,6 @@ Mode = Literal["min", "max"]
 
 LATER: Mapping[str, str] = {
     "memory_limit": "there is no estimate of a trial's memory yet; remove it",
-    "tournament": "brackets for each method are not built yet; remove it, and write scheduler: none for equal budgets",
     "trial_host": "every trial starts workers of its own; remove it",
 }
 """Keys that a search will have, each with the sentence that refuses it until then."""
@@ -99,6 +98,12 @@ class TuneSettings(Settings):
     budget: Annotated[dict[str, float], BeforeValidator(_read_budget), WithJsonSchema(_BUDGET)] | None = Field(
         None, description="{hours: 2}: after so long, over all calls of the command, no trial goes on."
     )
+    tournament: bool = Field(
+        False,
+        description="As many trials for each branch, judged only by their own kind; then the best of each again, under "
+        "other seeds.",
+    )
+    finalist_seeds: int = Field(3, ge=1, description="Under how many other seeds a tournament repeats its finalists.")
     trial_retries: int = Field(1, ge=0, description="How often a trial that fails is begun again, from its checkpoint.")
     search_seed: int | None = Field(None, ge=0, lt=2**32, description="Seeds the choice of points; unset: `seed`.")
     space: Annotated[JsonValue, WithJsonSchema(_SPACE)] = Field(
@@ -216,4 +221,23 @@ def _between(tune: TuneSettings) -> list[Problem]:
     if tune.grace_steps is not None and tune.scheduler not in ("asha", "median"):
         what = f"is for asha and median, and tune.scheduler is {tune.scheduler}"
         problems.append(Problem("tune.grace_steps", what, "remove it"))
+    return problems + _of_tournament(tune)
+
+
+def _of_tournament(tune: TuneSettings) -> list[Problem]:
+    """What a tournament asks of the other keys."""
+    if not tune.tournament:
+        if "finalist_seeds" in tune.model_fields_set:
+            return [Problem("tune.finalist_seeds", "is for tournament: true", "write that, or remove it")]
+        return []
+    problems: list[Problem] = []
+    if len(tune.metrics) > 1:
+        what = f"compares methods by one metric, and tune.metric has {len(tune.metrics)}"
+        problems.append(Problem("tune.tournament", what, "write one metric, or remove it"))
+    if tune.search == "grid":
+        what = "gives each method as many trials, and a grid runs all points of each"
+        problems.append(Problem("tune.tournament", what, "write search: random"))
+    if tune.scheduler == "hyperband":
+        what = "judges trials within their method, and hyperband mixes all into brackets of its own"
+        problems.append(Problem("tune.tournament", what, "write scheduler: asha"))
     return problems

@@ -52,6 +52,10 @@ class Trial:
     seconds: float = 0.0
     """In this state and those before, since its first start."""
     error: str | None = None
+    repeats: int | None = None
+    """The number of the trial that it repeats under another seed; None where it was sampled."""
+    seed: int | None = None
+    """Its own, if it repeats another."""
 
     @property
     def ended(self) -> bool:
@@ -63,7 +67,7 @@ class Trial:
         return next(found, None)
 
     def point(self) -> Point:
-        return Point(self.branch, self.values, self.digest)
+        return Point(self.branch, self.values, self.digest, self.seed)
 
 
 class Book:
@@ -108,7 +112,15 @@ class Book:
         }
         self._folder.child(BOOK).write_text(json.dumps(kept, indent=1))
 
-    def add(self, point: Point, branch_name: str, method: str, workers: int, updates: int | None) -> Trial:
+    def add(
+        self,
+        point: Point,
+        branch_name: str,
+        method: str,
+        workers: int,
+        updates: int | None,
+        repeats: int | None = None,
+    ) -> Trial:
         """Take a new trial in."""
         number = len(self.trials) + 1
         trial = Trial(
@@ -121,6 +133,8 @@ class Book:
             digest=point.digest,
             workers=workers,
             updates=updates,
+            repeats=repeats,
+            seed=point.seed,
         )
         self.trials.append(trial)
         return trial
@@ -139,6 +153,11 @@ class Book:
     def twin(self, point: Point) -> Trial | None:
         """The trial that has the same recipe, if there is one."""
         return next((trial for trial in self.trials if trial.digest == point.digest), None)
+
+    @property
+    def sampled(self) -> list[Trial]:
+        """Trials of points that were sampled: all but repeats under other seeds."""
+        return [trial for trial in self.trials if trial.repeats is None]
 
     @property
     def open_trials(self) -> list[Trial]:

@@ -5,6 +5,7 @@ best_of/lora.yaml    the same for the best trial of each branch
 trials.parquet       a row for each trial
 best_so_far.png      what was found, trial by trial
 trials.png           every trial's curve, by branch
+tournament.json      of a tournament: each method's mean and spread over the seeds, and which won
 and the best trial's model and record.
 """
 
@@ -28,6 +29,7 @@ from tunefleet.search.book import Book, Trial, best, front
 from tunefleet.search.live import COLOURS, sampled
 from tunefleet.search.plots import best_so_far_plot, trials_plot
 from tunefleet.search.result import bring_search_home, keep_result
+from tunefleet.search.tournament import Standing, as_json, finalists, standings, winner
 from tunefleet.search.trials import Workshop
 
 _OF_A_SEARCH = ("overwrite_output_dir", "resume_from_checkpoint", "ray_run_name")
@@ -50,7 +52,10 @@ def leave(shop: Workshop, book: Book, output_dir: Path, *, plot: bool) -> None:
         files = Path(name)
         write_recipes(shop, book, winners, files)
         pq.write_table(trials_columns(book, settings), files / "trials.parquet")
-        best_so_far_plot(book.trials, settings.metrics[0], settings.modes[0], files / "best_so_far.png")
+        if settings.tournament:
+            table = as_json(standings(book, settings), settings)
+            (files / "tournament.json").write_text(json.dumps(table, indent=2) + "\n")
+        best_so_far_plot(book.sampled, settings.metrics[0], settings.modes[0], files / "best_so_far.png")
         trials_plot(book.trials, settings.metrics[0], files / "trials.png")
         keep_result(shop.search, files, [trial.name for trial in winners])
     bring_search_home(shop.search, output_dir, plot=plot)
@@ -62,7 +67,7 @@ def write_recipes(shop: Workshop, book: Book, winners: Sequence[Trial], folder: 
     for place, trial in enumerate(winners, 1):
         write_recipe(shop, trial, folder / ("best.yaml" if alone else f"front_{place}.yaml"))
     (folder / "best_of").mkdir()
-    for trial in best_of_each(book, shop.tune):
+    for trial in finalists(book, shop.tune):
         name = re.sub(r"[^A-Za-z0-9]+", "_", trial.branch_name).strip("_")
         write_recipe(shop, trial, folder / "best_of" / f"{name}.yaml")
 
@@ -72,21 +77,15 @@ def book_uri(shop: Workshop) -> str:
 
 
 def winning(book: Book, settings: TuneSettings) -> list[Trial]:
-    """The best trial; of several metrics the front."""
+    """The best trial; of several metrics the front; of a tournament the finalist of the method that won."""
+    if settings.tournament:
+        first = winner(standings(book, settings))
+        if first is not None and first.finalist is not None:
+            return [first.finalist]
     if len(settings.metrics) > 1:
         return front(book.trials, dict(zip(settings.metrics, settings.modes, strict=True)))
-    found = best(book.trials, settings.metrics[0], settings.modes[0])
+    found = best(book.sampled, settings.metrics[0], settings.modes[0])
     return [] if found is None else [found]
-
-
-def best_of_each(book: Book, settings: TuneSettings) -> list[Trial]:
-    """The best trial of each branch, by the first metric."""
-    names = dict.fromkeys(trial.branch_name for trial in book.trials)
-    found = (
-        best([trial for trial in book.trials if trial.branch_name == name], settings.metrics[0], settings.modes[0])
-        for name in names
-    )
-    return [trial for trial in found if trial is not None]
 
 
 def write_recipe(shop: Workshop, trial: Trial, file: Path) -> None:
@@ -114,6 +113,8 @@ def trials_columns(book: Book, settings: TuneSettings) -> pa.Table:
         "updates": pa.array([trial.updates for trial in trials], pa.int64()),
         "seconds": pa.array([trial.seconds for trial in trials], pa.float64()),
         "error": pa.array([trial.error for trial in trials], pa.string()),
+        "repeats": pa.array([trial.repeats for trial in trials], pa.int64()),
+        "seed": pa.array([trial.seed for trial in trials], pa.int64()),
     }
     for metric in settings.metrics:
         columns[metric] = pa.array([trial.last(metric) for trial in trials], pa.float64())
@@ -145,7 +146,7 @@ def result_table(book: Book, settings: TuneSettings) -> Table:
     """The best of each branch first, then every other trial, best first."""
     metric, sign = settings.metrics[0], 1.0 if settings.modes[0] == "min" else -1.0
     winners = {trial.name for trial in winning(book, settings)}
-    best_ones = {trial.name for trial in best_of_each(book, settings)}
+    best_ones = {trial.name for trial in finalists(book, settings)}
     table = Table("", "method", "sampled", "workers", "steps", *settings.metrics, "state", title="trials")
     table.title_justify = "left"
 
@@ -162,4 +163,19 @@ def result_table(book: Book, settings: TuneSettings) -> Table:
         steps = f"{trial.steps}/{trial.updates or '?'}"
         row = (str(trial.number), Text(trial.branch_name), Text(sampled(trial)), str(trial.workers), steps)
         table.add_row(*row, *figures, state, style="bold" if trial.name in winners else None)
+    return table
+
+
+def tournament_table(ranked: Sequence[Standing], settings: TuneSettings) -> Table:
+    """The methods, best mean first."""
+    metric, first = settings.metrics[0], winner(ranked)
+    title = "the tournament: " + (f"{first.branch_name} wins" if first is not None else "no repeat went to its end")
+    columns = ("method", "trials", "steps", "finalist", f"mean {metric}", "standard deviation", "seeds")
+    table = Table(*columns, title=title)
+    table.title_justify = "left"
+    for one in ranked:
+        finalist = "none" if one.finalist is None else f"{one.finalist.number} ({sampled(one.finalist)})"
+        mean, spread = ("" if value is None else f"{value:.4f}" for value in (one.mean, one.spread))
+        row = (Text(one.branch_name), str(one.trials), str(one.steps), Text(finalist), mean, spread)
+        table.add_row(*row, str(len(one.values)), style="bold" if one is first else None)
     return table

@@ -80,7 +80,8 @@ def plan_table(plans: Sequence[BranchPlan]) -> Table:
 
 def sampled(trial: Trial) -> str:
     """What was sampled for a trial, in one line."""
-    return ", ".join(f"{key}: {word(value)}" for key, value in trial.values.items()) or "nothing"
+    values = trial.values if trial.seed is None else {**trial.values, "seed": trial.seed}
+    return ", ".join(f"{key}: {word(value)}" for key, value in values.items()) or "nothing"
 
 
 def duration(seconds: float) -> str:

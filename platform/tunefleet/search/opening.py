@@ -235,6 +235,7 @@ def _search_rules(tune: TuneSettings, written: Sequence[_Written], branches: Seq
     if tune.search == "bohb" and len(written) > 1:
         what = f"bohb knows no branches, and tune.space has {len(written)}"
         yield Problem("tune.search", what, "write search: optuna, or keep one branch")
+    yield from _bracket_rules(tune, len(written))
     for name in tune.metrics:
         if name not in METRICS:
             what = f"{shown(name)} is no figure that runs report"
@@ -248,6 +249,17 @@ def _search_rules(tune: TuneSettings, written: Sequence[_Written], branches: Seq
             yield Problem(f"{place}.{branch.continuous}", what, "write {choice: [...]}, or search: random")
         elif math.prod(len(values(domain) or ()) for domain in branch.domains.values()) > MOST_POINTS:
             yield Problem(place, f"has more than {MOST_POINTS:,} points, too many for a grid", "write search: random")
+
+
+def _bracket_rules(tune: TuneSettings, branches: int) -> Iterator[Problem]:
+    """What a tournament asks of the branches."""
+    if not tune.tournament:
+        return
+    if branches == 1:
+        yield Problem("tune.tournament", "compares methods, and tune.space has one branch", "add one, or remove it")
+    elif tune.num_samples is not None and tune.num_samples % branches:
+        what = f"{tune.num_samples} cannot be shared evenly by the {branches} branches of a tournament"
+        yield Problem("tune.num_samples", what, f"write {math.ceil(tune.num_samples / branches) * branches}")
 
 
 def _runs(one: _Written, branch: Branch, tune: TuneSettings) -> Iterator[Problem]:

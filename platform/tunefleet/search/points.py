@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -11,7 +11,7 @@ from ray.tune.search import Searcher
 from tunefleet.errors import Refused
 from tunefleet.plan import Plan
 from tunefleet.search.book import Book, Trial
-from tunefleet.search.searchers import Suggestions, packed, unpacked
+from tunefleet.search.searchers import Pool, Suggestions, packed, unpacked
 from tunefleet.search.sizing import Size, fit
 from tunefleet.search.space import Point, Space
 from tunefleet.shapes import ClusterShape
@@ -28,13 +28,13 @@ class PointSearcher(Searcher):
     def __init__(
         self,
         space: Space,
-        inner: Suggestions,
+        pools: Sequence[Pool],
         book: Book,
         draft: Callable[[Point], Plan],
         place: Callable[[Trial, Plan], None],
         cluster: ClusterShape,
         *,
-        samples: int | None,
+        repeats: Callable[[], Sequence[tuple[Trial, Point]]] | None = None,
         most_at_once: int | None,
         seed: int,
     ) -> None:
@@ -43,7 +43,8 @@ class PointSearcher(Searcher):
         Args:
             draft: makes the plan of a point; raises `Refused` or `StrategyError` where it cannot run.
             place: puts a trial's plan where its driver finds it.
-            samples: trials in all; None = as many as there are points.
+            repeats: what shall run again under another seed, with the trial that it repeats; asked when no point is
+                left to sample, and once more whenever a trial has ended. None = nothing.
             most_at_once: trials at once; None = as many as the cluster holds.
         """
         super().__init__(metric=None, mode=None)
@@ -53,9 +54,9 @@ class PointSearcher(Searcher):
         """Tune's identifiers of trials that hold no workers at the moment."""
         self.refused: dict[str, int] = {}
         """Why proposals were not run, with how many of them."""
-        self._space, self._inner, self._book, self._cluster = space, inner, book, cluster
-        self._draft, self._place = draft, place
-        self._samples, self._most, self._seed = samples, most_at_once, seed
+        self._space, self._pools, self._book, self._cluster = space, pools, book, cluster
+        self._draft, self._place, self._repeats = draft, place, repeats
+        self._most, self._seed = most_at_once, seed
         self._asked = 0
         self._identifiers: dict[str, str] = {}
         self._told: set[str] = set()
@@ -80,9 +81,9 @@ class PointSearcher(Searcher):
         if self.closed:
             return Searcher.FINISHED
         if self._next is None:
-            self._next = self._take_up() or self._choose()
+            self._next = self._take_up() or self._choose() or self._repeat()
         if self._next is None:
-            return Searcher.FINISHED
+            return None if self._awaited() else Searcher.FINISHED
         trial, plan = self._next
         size = Size(plan.workers.count, plan.workers.resources)
         if not self._has_room(size):
@@ -90,6 +91,10 @@ class PointSearcher(Searcher):
         self._next = None
         self._sizes[trial_id], self._names[trial_id] = size, trial.name
         return {"trial": trial.name}
+
+    def _awaited(self) -> bool:
+        """Whether the end of those under way may call for repeats."""
+        return self._repeats is not None and bool(self._sizes)
 
     def _has_room(self, size: Size) -> bool:
         taken = [one for trial_id, one in self._sizes.items() if trial_id not in self.paused]
@@ -113,13 +118,20 @@ class PointSearcher(Searcher):
         return None
 
     def _choose(self) -> tuple[Trial, Plan] | None:
-        """A new point that can run."""
-        if self._samples is not None and len(self._book.trials) >= self._samples:
-            return None
+        """A new point that can run: of the pool that has had the fewest trials, if it has one."""
+        due: list[tuple[int, Pool]] = []
+        for pool in self._pools:
+            had = sum(pool.holds(trial.branch) for trial in self._book.sampled)
+            if pool.samples is None or had < pool.samples:
+                due.append((had, pool))
+        found = (self._choose_from(pool) for _, pool in sorted(due, key=lambda one: one[0]))
+        return next((one for one in found if one is not None), None)
+
+    def _choose_from(self, pool: Pool) -> tuple[Trial, Plan] | None:
         for _ in range(MOST_ASKED):
             self._asked += 1
             identifier = f"asked_{self._asked}"
-            proposed = self._inner.ask(identifier)
+            proposed = pool.searcher.ask(identifier)
             if proposed is None:
                 self._keep()
                 return None
@@ -127,48 +139,67 @@ class PointSearcher(Searcher):
                 point = self._space.point(proposed.branch, proposed.values)
             except Refused as error:
                 self._refuse(error)
-                self._inner.tell(identifier, None)
+                pool.searcher.tell(identifier, None)
                 continue
-            found = self._begin(point, identifier)
+            found = self._begin(point, pool, identifier)
             if found is not None:
                 return found
-        return self._look_around()
+        return self._look_around(pool)
 
-    def _begin(self, point: Point, identifier: str | None) -> tuple[Trial, Plan] | None:
+    def _begin(self, point: Point, pool: Pool, identifier: str | None) -> tuple[Trial, Plan] | None:
         """The trial of a point, if it is new and can run."""
         twin = self._book.twin(point)
-        plan: Plan | None = None
-        if twin is None:
-            try:
-                plan = self._draft(point)
-            except (Refused, StrategyError) as error:
-                self._refuse(error)
+        plan = self._planned(point) if twin is None else None
         if plan is None:
             if identifier is not None:
                 known = twin is not None and twin.ended and twin.reports and twin.error is None
-                self._inner.tell(identifier, dict(twin.reports[-1]) if twin is not None and known else None)
+                pool.searcher.tell(identifier, dict(twin.reports[-1]) if twin is not None and known else None)
             return None
-        branch = self._space.branches[point.branch]
-        trial = self._book.add(point, branch.name, branch.method.name, plan.workers.count, plan.batch.updates)
+        trial = self._added(point, plan)
         if identifier is not None:
             self._identifiers[trial.name] = identifier
+        self._put(trial, plan)
+        return trial, plan
+
+    def _planned(self, point: Point) -> Plan | None:
+        try:
+            return self._draft(point)
+        except (Refused, StrategyError) as error:
+            self._refuse(error)
+            return None
+
+    def _added(self, point: Point, plan: Plan, repeats: int | None = None) -> Trial:
+        branch = self._space.branches[point.branch]
+        count, updates = plan.workers.count, plan.batch.updates
+        return self._book.add(point, branch.name, branch.method.name, count, updates, repeats)
+
+    def _put(self, trial: Trial, plan: Plan) -> None:
         self._place(trial, plan)
         self._keep()
         self._book.save()
-        return trial, plan
 
-    def _look_around(self) -> tuple[Trial, Plan] | None:
+    def _look_around(self, pool: Pool) -> tuple[Trial, Plan] | None:
         """A new point at random, where the searcher finds none any more."""
         chance = random.Random(f"{self._seed}-{len(self._book.trials)}")
         for _ in range(MOST_DRAWN):
-            branch, values = self._space.draw(chance)
+            branch, values = pool.space.draw(chance)
             try:
                 point = self._space.point(branch, values)
             except Refused:
                 continue
-            found = self._begin(point, None) if self._book.twin(point) is None else None
+            found = self._begin(point, pool, None) if self._book.twin(point) is None else None
             if found is not None:
                 return found
+        return None
+
+    def _repeat(self) -> tuple[Trial, Plan] | None:
+        """The next repeat that can run."""
+        for repeated, point in self._repeats() if self._repeats is not None else ():
+            plan = self._planned(point)
+            if plan is not None:
+                trial = self._added(point, plan, repeated.number)
+                self._put(trial, plan)
+                return trial, plan
         return None
 
     def _refuse(self, error: Exception) -> None:
@@ -176,9 +207,10 @@ class PointSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Figures of a trial that goes on."""
-        identifier = self._identifiers.get(self._names.get(trial_id, ""))
+        name = self._names.get(trial_id, "")
+        identifier = self._identifiers.get(name)
         if identifier is not None:
-            self._inner.hear(identifier, result)
+            self._searcher(name).hear(identifier, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial has ended, or was interrupted to be gone on with by the same command."""
@@ -191,27 +223,33 @@ class PointSearcher(Searcher):
 
     def on_pause(self, trial_id: str) -> None:
         """What HyperBand for BOHB tells its searcher."""
-        identifier = self._identifiers.get(self._names[trial_id])
+        name = self._names[trial_id]
+        identifier = self._identifiers.get(name)
         if identifier is not None:
-            self._inner.pause(identifier, True)
+            self._searcher(name).pause(identifier, True)
 
     def on_unpause(self, trial_id: str) -> None:
         """What HyperBand for BOHB tells its searcher."""
-        identifier = self._identifiers.get(self._names[trial_id])
+        name = self._names[trial_id]
+        identifier = self._identifiers.get(name)
         if identifier is not None:
-            self._inner.pause(identifier, False)
+            self._searcher(name).pause(identifier, False)
 
     def _tell(self, name: str, result: dict[str, Any] | None) -> None:
         identifier = self._identifiers.get(name)
         if identifier is not None and name not in self._told:
-            self._inner.tell(identifier, result)
+            self._searcher(name).tell(identifier, result)
         self._told.add(name)
         self._keep()
 
+    def _searcher(self, name: str) -> Suggestions:
+        """The searcher that chose a trial."""
+        branch = self._book.named(name).branch
+        return next(pool.searcher for pool in self._pools if pool.holds(branch))
+
     def _keep(self) -> None:
-        state = packed(
-            inner=self._inner.state(), asked=self._asked, identifiers=self._identifiers, told=sorted(self._told)
-        )
+        states = [pool.searcher.state() for pool in self._pools]
+        state = packed(searchers=states, asked=self._asked, identifiers=self._identifiers, told=sorted(self._told))
         self._book.keep_searcher_state(state)
 
     def _restore(self) -> None:
@@ -220,7 +258,8 @@ class PointSearcher(Searcher):
         if state is None:
             return
         kept = unpacked(state)
-        self._inner.restore(kept["inner"])
+        for pool, learned in zip(self._pools, kept["searchers"], strict=True):
+            pool.searcher.restore(learned)
         self._asked, self._identifiers, self._told = kept["asked"], kept["identifiers"], set(kept["told"])
         for trial in self._book.trials:
             if trial.ended and trial.name not in self._told:

@@ -5,7 +5,7 @@ Ray's `training_iteration` begins anew whenever a trial is paused or begun again
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.tune.schedulers import (
 
 from tunefleet.plan import Plan
 from tunefleet.recipe.tune import TuneSettings
-from tunefleet.search.book import Trial
+from tunefleet.search.book import Book, Trial
 
 RUNG = "rung"
 """Evaluations that a trial has behind it; HyperBand's unit, which has no use for steps between them."""
@@ -58,8 +58,14 @@ def pauses(tune: TuneSettings) -> bool:
     return tune.scheduler == "hyperband"
 
 
-def scheduler(tune: TuneSettings, time: Clock) -> TrialScheduler:
-    """The scheduler that a search asks for."""
+def scheduler(tune: TuneSettings, time: Clock, book: Book) -> TrialScheduler:
+    """The scheduler that a search asks for; in a tournament one for each branch, and none for repeats of finalists."""
+    if tune.tournament:
+        return Brackets(lambda: _scheduler(tune, time), book)
+    return _scheduler(tune, time)
+
+
+def _scheduler(tune: TuneSettings, time: Clock) -> TrialScheduler:
     aim: dict[str, Any] = {"metric": tune.metrics[0], "mode": tune.modes[0]}
     rungs: dict[str, Any] = {
         "time_attr": RUNG,
@@ -83,13 +89,52 @@ def scheduler(tune: TuneSettings, time: Clock) -> TrialScheduler:
             return FIFOScheduler()
 
 
+class Brackets(FIFOScheduler):
+    """Lets a scheduler of its own judge the trials of each branch, so that slow starters are compared with their kind.
+
+    For schedulers that neither pause trials nor choose who runs.
+    """
+
+    def __init__(self, make: Callable[[], TrialScheduler], book: Book) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._make, self._book = make, book
+        self._made: dict[int | None, TrialScheduler] = {}
+
+    def _bracket(self, trial: RayTrial) -> TrialScheduler:
+        kept = self._book.named(trial.config["trial"])
+        branch = kept.branch if kept.repeats is None else None
+        if branch not in self._made:
+            self._made[branch] = FIFOScheduler() if branch is None else self._make()
+        return self._made[branch]
+
+    def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Take a trial into its bracket."""
+        self._bracket(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        """What its bracket decides."""
+        return self._bracket(trial).on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
+        """Tell its bracket."""
+        self._bracket(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Tell its bracket."""
+        self._bracket(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Tell its bracket."""
+        self._bracket(trial).on_trial_remove(tune_controller, trial)
+
+
 def remember(made: TrialScheduler, tune: TuneSettings, ended: Iterable[Trial]) -> None:
     """Show a new scheduler what trials of earlier calls reported, so that it compares with them."""
     if tune.scheduler not in ("asha", "median"):
         return
     controller: Any = None  # neither of the two asks it anything when it takes a result in
     for trial in ended:
-        stand_in = RayTrial("tunefleet", trial_id=trial.name, stub=True)
+        stand_in = RayTrial("tunefleet", config={"trial": trial.name}, trial_id=trial.name, stub=True)
         reports = [report for report in trial.reports if report.get(tune.metrics[0]) is not None]
         if reports:
             made.on_trial_add(controller, stand_in)

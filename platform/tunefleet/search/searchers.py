@@ -89,6 +89,37 @@ def suggestions(space: Space, tune: TuneSettings, seed: int) -> Suggestions:
     return Asked(_searcher(space, tune, seed), space)
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Points that one searcher chooses: those of all branches, or of one alone."""
+
+    space: Space
+    searcher: Suggestions
+    samples: int | None
+    """Trials in all; None = as many as there are points."""
+    branch: int | None = None
+    """None = all."""
+
+    def holds(self, branch: int) -> bool:
+        return self.branch is None or self.branch == branch
+
+
+def pools(space: Space, tune: TuneSettings, samples: int | None, seed: int) -> list[Pool]:
+    """One pool, or in a tournament one for each branch, so that none takes trials from another or learns of it.
+
+    Raises:
+        Refused: the searcher's package is not installed.
+    """
+    if not tune.tournament:
+        return [Pool(space, suggestions(space, tune, seed), samples)]
+    found = []
+    for branch in space.branches:
+        alone = Space((branch,))
+        share = None if samples is None else samples // len(space.branches)
+        found.append(Pool(alone, suggestions(alone, tune, seed), share, branch.index))
+    return found
+
+
 def _endless(space: Space, seed: int) -> Iterator[Suggestion]:
     chance = random.Random(seed)
     while True:
@@ -263,10 +294,10 @@ def hyperopt_space(space: Space) -> dict[str, Any]:
 
     branches = [
         {
-            "branch": branch.index,
+            "branch": position,
             **{f"{branch.index}.{key}": node(f"{branch.index}.{key}", one) for key, one in branch.domains.items()},
         }
-        for branch in space.branches
+        for position, branch in enumerate(space.branches)
     ]
     return {"point": hp.choice("branch", branches)}
 

@@ -56,6 +56,8 @@ class Point:
     """What was sampled, by key; nothing that has no meaning beside the rest."""
     digest: str
     """Of the recipe after defaults: equal points have equal ones."""
+    seed: int | None = None
+    """Its own, where it is another's repeat under another seed."""
 
 
 @dataclass(frozen=True)

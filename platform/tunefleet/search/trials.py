@@ -14,6 +14,7 @@ from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import RUNS, Trial
 from tunefleet.search.sizing import Size, shared_batch, trial_keys, trial_recipe
 from tunefleet.search.space import WISH, Branch, Point, Space
+from tunefleet.search.tournament import reseeded
 from tunefleet.search.trial import plan_place
 from tunefleet.shapes import ClusterShape
 from tunefleet.storage import Place
@@ -51,7 +52,9 @@ class Workshop:
 
     def keys(self, point: Point) -> dict[str, object]:
         """The recipe of a point as a person would write it: workers and batch as they run, nothing else added."""
-        return trial_keys(self.space.branches[point.branch], point.values, self.shared)
+        branch = self.space.branches[point.branch]
+        keys = trial_keys(branch, point.values, self.shared)
+        return keys if point.seed is None else keys | reseeded(point.seed, branch.recipe(point.values))
 
     def plan(self, point: Point, stages: Stages | None = None, name: str | None = None) -> Plan:
         """The plan of a point.

@@ -39,15 +39,15 @@ from tunefleet.search.opening import open_space
 from tunefleet.search.points import PointSearcher
 from tunefleet.search.result import RESULT_FOLDER
 from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
-from tunefleet.search.searchers import refuse_missing, suggestions
+from tunefleet.search.searchers import pools, refuse_missing
 from tunefleet.search.sizing import most_at_once
 from tunefleet.search.space import WISH, Space
+from tunefleet.search.tournament import repeats_due, samples
 from tunefleet.search.trial import ENDED, ERROR, FIGURES, RunTrial, sentence
 from tunefleet.search.trials import BranchPlan, Workshop, smallest
 from tunefleet.storage import Place, place
 from tunefleet.worker.failures import failures, last_failure
 
-DEFAULT_SAMPLES = 10
 HEAD_NODE = "node:__internal_head__"
 HEAD_SHARE = 0.001
 _POLL_SECONDS = 0.5
@@ -106,7 +106,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
         refuse_foreign_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
         refuse_unwritable(output_dir, "output_dir")
         stack.enter_context(claimed(RunFolder(folder)))
-        book = _open_book(search, common, folder)
+        book = _open_book(search, common, folder, len(space.branches))
         for text in (*space.notices, *plans[0].plan.notices):
             display.note(text)
         display.show_plan(plans, book, _planned_trials(space, search.tune), _at_once(search.tune, shop, plans))
@@ -130,8 +130,9 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
 
 def _planned_trials(space: Space, settings: TuneSettings) -> int:
     """How many trials there will be at most."""
-    points = sum(1 for _ in space.points()) if space.finite and settings.search == "grid" else None
-    return points if points is not None else settings.num_samples or DEFAULT_SAMPLES
+    most = samples(settings, len(space.branches))
+    sampled = sum(1 for _ in space.points()) if most is None else most
+    return sampled + (len(space.branches) * settings.finalist_seeds if settings.tournament else 0)
 
 
 def _at_once(settings: TuneSettings, shop: Workshop, plans: list[BranchPlan]) -> int:
@@ -140,7 +141,7 @@ def _at_once(settings: TuneSettings, shop: Workshop, plans: list[BranchPlan]) ->
     return room if settings.max_concurrent_trials == "auto" else min(room, settings.max_concurrent_trials)
 
 
-def _open_book(search: SearchRecipe, common: Recipe, folder: Place) -> Book:
+def _open_book(search: SearchRecipe, common: Recipe, folder: Place, branches: int) -> Book:
     """The book of this search, begun or gone on with.
 
     Raises:
@@ -158,7 +159,8 @@ def _open_book(search: SearchRecipe, common: Recipe, folder: Place) -> Book:
         raise Refused(f"{folder.uri} is a run and no search: choose another ray_run_name or output_dir for the search.")
     book = Book(folder)
     wanted = _identity(search)
-    if book.complete and run.overwrite_output_dir and book.searched == wanted and not _more(search.tune, book):
+    more = _more(search.tune, branches, common.training.seed, book)
+    if book.complete and run.overwrite_output_dir and book.searched == wanted and not more:
         _clear(folder)
         book = Book(folder)
     if book.searched and book.searched != wanted:
@@ -167,7 +169,7 @@ def _open_book(search: SearchRecipe, common: Recipe, folder: Place) -> Book:
             f"The search {folder.name} was begun with other values ({', '.join(changed)}): restore them to go on, "
             f"write resume_from_checkpoint: false to begin anew, or choose another ray_run_name."
         )
-    if book.complete and not _more(search.tune, book):
+    if book.complete and not more:
         raise Refused(
             f"The search {folder.name} is finished ({folder.uri}): write a larger tune.num_samples to go on, "
             f"overwrite_output_dir: true to search anew, or choose another output_dir or ray_run_name."
@@ -179,12 +181,13 @@ def _open_book(search: SearchRecipe, common: Recipe, folder: Place) -> Book:
     return book
 
 
-def _more(settings: TuneSettings, book: Book) -> bool:
+def _more(settings: TuneSettings, branches: int, seed: int, book: Book) -> bool:
     """Whether a finished search is asked for more trials than it has had."""
-    return settings.search != "grid" and (settings.num_samples or DEFAULT_SAMPLES) > len(book.trials)
+    most = samples(settings, branches)
+    return (most is not None and most > len(book.sampled)) or bool(repeats_due(book, settings, seed))
 
 
-_MAY_CHANGE = frozenset({"num_samples", "max_concurrent_trials", "budget", "trial_retries"})
+_MAY_CHANGE = frozenset({"num_samples", "max_concurrent_trials", "budget", "trial_retries", "finalist_seeds"})
 
 
 def _identity(search: SearchRecipe) -> dict[str, JsonValue]:
@@ -221,12 +224,12 @@ class _Search:
         self._clock = clock(settings, plans[0].plan)
         self._searcher = PointSearcher(
             shop.space,
-            suggestions(shop.space, settings, seed),
+            pools(shop.space, settings, samples(settings, len(shop.space.branches)), seed),
             book,
             shop.plan,
             shop.put,
             shop.cluster,
-            samples=None if settings.search == "grid" else settings.num_samples or DEFAULT_SAMPLES,
+            repeats=(lambda: repeats_due(book, settings, common.training.seed)) if settings.tournament else None,
             most_at_once=None if settings.max_concurrent_trials == "auto" else settings.max_concurrent_trials,
             seed=seed,
         )
@@ -274,7 +277,7 @@ class _Search:
             os.environ.setdefault(name, value)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         settings, search = self._shop.tune, self._shop.search
-        made = scheduler(settings, self._clock)
+        made = scheduler(settings, self._clock, self._book)
         remember(made, settings, (trial for trial in self._book.trials if trial.ended))
         search.child(_RAY_FILES).delete()
         trainable: Any = ray_tune.with_parameters(
