@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -50,6 +50,7 @@ from tunefleet_strategies.contract import (
     OptimizerSpec,
     ParameterShape,
     Precision,
+    Saved,
     Strategy,
     StrategyError,
     Traits,
@@ -57,6 +58,7 @@ from tunefleet_strategies.contract import (
 from tunefleet_strategies.fields import BACKEND_WORDS, OptimizerBackend
 from tunefleet_strategies.optim.block_adamw import Block, BlockAdamW
 from tunefleet_strategies.optim.block_schedule import NEVER, BlockSchedule, SwitchMode
+from tunefleet_strategies.optim.carrying import resized_visit
 from tunefleet_strategies.optim.groups import grouped, trainable
 from tunefleet_strategies.optim.ratio_adamw import MaskMode, RatioAdamW, active_entries
 from tunefleet_strategies.parts import Anatomy
@@ -335,6 +337,15 @@ class BAdam(Strategy):
             space["badam_update_ratio"] = Choice((0.01, 0.02, 0.05, 0.1))
             space["badam_mask_mode"] = Choice(("adjacent", "scatter"))
         return {**space, "learning_rate": LogUniform(1e-6, 1e-4)}
+
+    def mutable(self) -> Mapping[str, str | None]:
+        """The interval, where the state can be saved at all."""
+        why = "optimizer_backend: upstream cannot save its state" if self.optimizer_backend == "upstream" else None
+        return {"badam_switch_interval": why}
+
+    def carried(self, saved: Saved, now: Self, seed: int) -> Saved:
+        """The visit under way goes on until it has had the new number of updates."""
+        return Saved(saved.weights, resized_visit(saved.optimizer, now.badam_switch_interval), saved.numbered)
 
     def export(self, model: nn.Module, folder: Path, initial: Mapping[str, Tensor]) -> None:
         """Write the whole model in one number format, as `transformers` loads it."""

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -199,6 +199,18 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What a run by a method keeps between two updates, where every worker holds everything."""
+
+    weights: Mapping[str, Tensor]
+    """What trains, and all buffers, by name."""
+    optimizer: Mapping[str, Any]
+    """The optimizer's state dict."""
+    numbered: tuple[str, ...]
+    """The names of the parameters whose state stands there under a number, by that number."""
+
+
+@dataclass(frozen=True)
 class Choice:
     values: tuple[object, ...]
 
@@ -328,6 +340,25 @@ class Strategy(BaseModel, ABC):
         Raises:
             StrategyError: it would.
         """
+
+    def mutable(self) -> Mapping[str, str | None]:
+        """Arguments that may change between two updates because `carried` knows what becomes of the state.
+
+        Each with None, or with the reason why it may not beside the other arguments ("pissa_init is on").
+        """
+        return {}
+
+    def carried(self, saved: Saved, now: Self, seed: int) -> Saved:
+        """The state from which a run goes on that changes to other arguments now.
+
+        Args:
+            now: the same method; only arguments differ that `mutable` allows.
+            seed: what new directions are drawn by.
+
+        Raises:
+            StrategyError: the state does not allow it; the argument is named.
+        """
+        return saved
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path, initial: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -50,11 +50,14 @@ from tunefleet_strategies.contract import (
     OptimizerSpec,
     ParameterShape,
     Precision,
+    Saved,
     Strategy,
     StrategyError,
     Traits,
 )
 from tunefleet_strategies.fields import ALL, BACKEND_WORDS, Names, OptimizerBackend
+from tunefleet_strategies.optim.carrying import resized_subspace
+from tunefleet_strategies.optim.draws import generator_of
 from tunefleet_strategies.optim.galore import Behaviour, GaLoreAdamW
 from tunefleet_strategies.optim.groups import Group, Owned, Rate, grouped, trainable
 from tunefleet_strategies.optim.projection import Projection, Refresh, kept_entries
@@ -278,6 +281,26 @@ class GaLore(Strategy):
             "galore_update_interval": Choice((25, 50, 100, 200)),
             "learning_rate": LogUniform(1e-5, 1e-2),
         }
+
+    def mutable(self) -> Mapping[str, str | None]:
+        """Rank and interval, where the state can be saved at all."""
+        why = "optimizer_backend: upstream cannot save its state" if self.optimizer_backend == "upstream" else None
+        return {"galore_rank": why, "galore_update_interval": why}
+
+    def carried(self, saved: Saved, now: Self, seed: int) -> Saved:
+        """Cut or complete every basis, with its moments; refreshes follow the new interval."""
+        state = dict(saved.optimizer["state"])
+        groups = []
+        for group in saved.optimizer["param_groups"]:
+            if group["rank"] is None:
+                groups.append(group)
+                continue
+            groups.append({**group, "rank": now.galore_rank, "update_interval": now.galore_update_interval})
+            for number in group["params"] if now.galore_rank != self.galore_rank else ():
+                if number in state:
+                    generator = generator_of(seed, "basis", number, now.galore_rank)
+                    state[number] = resized_subspace(state[number], now.galore_rank, generator)
+        return Saved(saved.weights, {**saved.optimizer, "state": state, "param_groups": groups}, saved.numbered)
 
     def export(self, model: nn.Module, folder: Path, initial: Mapping[str, Tensor]) -> None:
         """Write the whole model in one number format, as `transformers` loads it."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from tunefleet_strategies.contract import (
     ModelShape,
     OptimizerSpec,
     Precision,
+    Saved,
     Sharding,
     Strategy,
     StrategyError,
@@ -222,6 +223,24 @@ class Lora(Strategy):
                 "use_rslora with lora_alpha unset scales by 2 sqrt(rank), so a search over lora_rank would search two "
                 "things at once; set lora_alpha"
             )
+
+    def mutable(self) -> Mapping[str, str | None]:
+        """The rank, unless the base or the adapter fix it."""
+        if self.pissa_init:
+            return {"lora_rank": "pissa_init made the base the rest of a factorisation of this rank"}
+        if self.continued is not None:
+            return {"lora_rank": "the adapter of adapter_name_or_path brings its own"}
+        return {"lora_rank": None}
+
+    def carried(self, saved: Saved, now: Self, seed: int) -> Saved:
+        """Pad or cut every pair of factors, with their moments; see `optim/carrying.resized_factors`.
+
+        Raises:
+            StrategyError: the factors of fused experts, which lie in one tensor.
+        """
+        from tunefleet_strategies.factors import resized_adapter
+
+        return resized_adapter(saved, self.lora_rank, now.lora_rank, self.scale / now.scale, seed)
 
     def export(self, model: nn.Module, folder: Path, initial: Mapping[str, Tensor]) -> None:
         """Write one adapter in PEFT format that fits the base (and the chain recorded beside it).

@@ -13,10 +13,14 @@ from tunefleet.training.settings import TrainingSettings
 
 
 class LearningRate:
-    """Sets the rate of every parameter group before an update. Each group keeps its own base rate (LoRA+)."""
+    """Sets the rate of every parameter group before an update. Each group keeps its own base rate (LoRA+).
+
+    Base rates are those that the optimizer was built with, whatever a checkpoint says that is loaded into it later.
+    """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         self._optimizer = optimizer
+        self._peaks = [float(group["initial_lr"]) for group in optimizer.param_groups]
         self._factor = factor
 
     def set(self, applied: int) -> float:
@@ -26,8 +30,8 @@ class LearningRate:
             The rate of the first group.
         """
         factor = self._factor(applied)
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * factor
         return float(self._optimizer.param_groups[0]["lr"])
 
 

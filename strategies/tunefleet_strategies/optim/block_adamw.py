@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from tunefleet_strategies.contract import InTurns, OptimizerSpec
-from tunefleet_strategies.optim.block_schedule import BlockSchedule, visit_of
+from tunefleet_strategies.optim.block_schedule import BlockSchedule
 from tunefleet_strategies.optim.fused_adamw import Operands, fused_adamw
 from tunefleet_strategies.optim.groups import Group
 from tunefleet_strategies.optim.visits import VisitingAdamW
@@ -62,7 +62,7 @@ class BlockAdamW(VisitingAdamW, InTurns):
     @property
     def active(self) -> Block:
         """The block that the next update trains."""
-        return self.blocks[self.schedule.block(self.updates)]
+        return self.blocks[self.schedule.of_visit(self.visit)]
 
     def turn_optimizer(self) -> AdamW:
         """torch's AdamW over the active block: the same update, over whatever an engine puts in the block's place."""
@@ -111,11 +111,11 @@ class BlockAdamW(VisitingAdamW, InTurns):
                 parameter.copy_(master)  # rounded to nearest
 
     def _about_visit(self) -> str:
-        number = self.schedule.block(self.updates)
+        number = self.schedule.of_visit(self.visit)
         text = f"badam trains block {number} ({self.active.label}) of {len(self.blocks)}"
         if self.verbose > 1:
             text += f": {', '.join(self.active.parameters)}"
-        visit = visit_of(self.updates, self.schedule.interval)
+        visit = self.visit
         if self.schedule.mode == "random" and visit % len(self.blocks) == 0:
             order = self.schedule.order(visit // len(self.blocks))
             text += f"; the order of this round is {', '.join(str(block) for block in order)}"

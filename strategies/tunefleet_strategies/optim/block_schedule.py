@@ -1,6 +1,7 @@
 """Which block of a model trains when: a pure function of how many updates have been applied.
 
-Legend: D blocks, K updates of a visit, u updates applied so far, v = u // K the number of the visit (from 0).
+Legend: D blocks, K updates of a visit, u updates applied so far, v = u // K the number of the visit (from 0). Where K
+was changed on the way, visits are counted from an origin (u0, v0): v = v0 + (u - u0) // K.
 
 BAdam (Luo et al., arXiv 2404.02827, algorithm 1) walks over the blocks and stays K updates on each. Nothing is drawn
 from the global random state and nothing needs saving but u, so a run goes on from any update as if it had never
@@ -22,14 +23,29 @@ NEVER = -1
 """The interval that never ends the first visit."""
 
 
-def visit_of(updates: int, interval: int) -> int:
-    """The visit that the update after `updates` applied ones belongs to: v = u // K, always 0 if K is `NEVER`."""
-    return 0 if interval == NEVER else updates // interval
+@dataclass(frozen=True)
+class Origin:
+    """Where the counting of visits begins."""
+
+    updates: int = 0
+    """u0: applied when visit v0 began."""
+    visit: int = 0
+    """v0"""
 
 
-def updates_in_visit(updates: int, interval: int) -> int:
+START = Origin()
+"""The beginning of a run whose interval has never changed."""
+
+
+def visit_of(updates: int, interval: int, origin: Origin = START) -> int:
+    """The visit that the update after `updates` applied ones belongs to, always v0 if K is `NEVER`."""
+    return origin.visit + (0 if interval == NEVER else (updates - origin.updates) // interval)
+
+
+def updates_in_visit(updates: int, interval: int, origin: Origin = START) -> int:
     """How many updates of that visit are applied."""
-    return updates if interval == NEVER else updates % interval
+    since = updates - origin.updates
+    return since if interval == NEVER else since % interval
 
 
 @dataclass(frozen=True)
@@ -47,8 +63,11 @@ class BlockSchedule:
     """What the order is drawn by in mode `random`."""
 
     def block(self, updates: int) -> int:
-        """The block that the next update trains when `updates` have been applied."""
-        visit = visit_of(updates, self.interval)
+        """The block that the next update trains when `updates` have been applied and the interval never changed."""
+        return self.of_visit(visit_of(updates, self.interval))
+
+    def of_visit(self, visit: int) -> int:
+        """The block that a visit trains."""
         if self.mode == "ascending":
             return ((self.start or 0) + visit) % self.blocks
         if self.mode == "descending":

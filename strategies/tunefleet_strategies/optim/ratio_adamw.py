@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tunefleet_strategies.contract import OptimizerSpec, StrategyError
-from tunefleet_strategies.optim.block_schedule import visit_of
 from tunefleet_strategies.optim.draws import generator_of
 from tunefleet_strategies.optim.fused_adamw import Operands, fused_adamw
 from tunefleet_strategies.optim.groups import Group
@@ -109,7 +108,7 @@ class RatioAdamW(VisitingAdamW):
     def _lay(self, parameter: nn.Parameter) -> Window:
         entries = parameter.numel()
         active = active_entries(entries, self.ratio)
-        begin = visit_of(self.updates, self.interval) * active % entries
+        begin = self.visit * active % entries
         end = begin + active
         pieces: tuple[slice, ...] = (slice(begin, min(end, entries)),)
         if end > entries:
@@ -155,7 +154,7 @@ class RatioAdamW(VisitingAdamW):
 
     def _about_visit(self) -> str:
         text = f"badam trains {self.ratio:.4g} of the entries of every parameter, visit "
-        text += str(visit_of(self.updates, self.interval))
+        text += str(self.visit)
         if self.verbose < 2:
             return text
         spans = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tunefleet_strategies.contract import MethodOptimizer, OptimizerSpec
-from tunefleet_strategies.optim.block_schedule import NEVER, updates_in_visit
+from tunefleet_strategies.optim.block_schedule import NEVER, START, Origin, updates_in_visit, visit_of
 from tunefleet_strategies.optim.groups import Group
 
 Setting = int | float | str | None
@@ -49,12 +49,23 @@ class VisitingAdamW(MethodOptimizer, ABC):
         self.updates = 0
         """Updates applied."""
         self.interval = interval
+        self._origin = START
         self.verbose = verbose
         self._parameters = dict(parameters)
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._settings: dict[str, Setting] = {**settings, "interval": interval}
         self._unsaid: list[str] = []
         self._announced = False
+
+    @property
+    def visit(self) -> int:
+        """The number of the visit that the next update belongs to, from 0."""
+        return visit_of(self.updates, self.interval, self._origin)
+
+    @property
+    def _in_visit(self) -> int:
+        """Updates of that visit that are applied."""
+        return updates_in_visit(self.updates, self.interval, self._origin)
 
     @abstractmethod
     def _activate(self) -> None:
@@ -76,7 +87,7 @@ class VisitingAdamW(MethodOptimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._announce()
-        in_visit = updates_in_visit(self.updates, self.interval)
+        in_visit = self._in_visit
         for group in self.param_groups:
             self._update(group, in_visit + 1)
         self._count()
@@ -85,7 +96,7 @@ class VisitingAdamW(MethodOptimizer, ABC):
     def _count(self) -> bool:
         """Count an update; whether it was the last of its visit, and the next part has become active."""
         self.updates += 1
-        ended = updates_in_visit(self.updates, self.interval) == 0
+        ended = self._in_visit == 0
         if ended:
             self._begin_visit()
         return ended
@@ -99,7 +110,7 @@ class VisitingAdamW(MethodOptimizer, ABC):
         """Say what the visit trains, once, with its first update (or the first after loading)."""
         if self._announced or not self.verbose:
             return
-        first = self.updates - updates_in_visit(self.updates, self.interval) + 1
+        first = self.updates - self._in_visit + 1
         span = (
             f"From update {first} on" if self.interval == NEVER else f"Updates {first} to {first + self.interval - 1}"
         )
@@ -128,13 +139,22 @@ class VisitingAdamW(MethodOptimizer, ABC):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers: updates applied, the visit's state and the groups, by parameter name."""
+        """Tensors and plain numbers: updates applied, where visits are counted from, the visit's state and the groups.
+
+        Parameters stand under their names.
+        """
         groups = [
             {**group, "params": [self._names[parameter] for parameter in group["params"]]}
             for group in self.param_groups
         ]
         state = {name: dict(self.state[p]) for name, p in self._parameters.items() if p in self.state}
-        return {"updates": self.updates, "settings": dict(self._settings), "state": state, "param_groups": groups}
+        return {
+            "updates": self.updates,
+            "origin": [self._origin.updates, self._origin.visit],
+            "settings": dict(self._settings),
+            "state": state,
+            "param_groups": groups,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,7 +172,7 @@ class VisitingAdamW(MethodOptimizer, ABC):
             raise ValueError("its optimizer trains other parameters")
         for group, stored in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in stored.items() if key != "params"})
-        self.updates = state_dict["updates"]
+        self.updates, self._origin = state_dict["updates"], Origin(*state_dict["origin"])
         self._unsaid.clear()
         self._begin_visit()
         for name, tensors in state_dict["state"].items():
