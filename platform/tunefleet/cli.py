@@ -377,6 +377,61 @@ def _print_matrix(as_json: bool, markdown: bool) -> None:
 
 
 @app.command()
+def manifest(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A flat YAML file.")] = None,
+    overrides: Overrides = None,
+    check: Annotated[Path | None, typer.Option(help="Check a file of Kubernetes objects instead.")] = None,
+    crds: Annotated[
+        Path | None, typer.Option(help="With --check: a folder of official CRD files, used on top.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="s3://..., gs://..., or pvc://CLAIM[/FOLDER] for a ReadWriteMany claim.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="What every pod runs; default: what k8s/Dockerfile makes.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Where the objects belong.")] = None,
+    queue: Annotated[str | None, typer.Option(help="A LocalQueue of Kueue, which starts the job.")] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name; default: from the run's.")] = None,
+    workers_per_pod: Annotated[int | None, typer.Option(min=1, help="Workers that share a pod.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of a worker's pod, such as 64Gi.")] = None,
+    service_account: Annotated[str | None, typer.Option(help="Whose rights on the storage the pods have.")] = None,
+    secret: Annotated[list[str] | None, typer.Option(help="NAME=SECRET:KEY, a variable from a Secret.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say in comments why each number is what it is.")] = False,
+) -> None:
+    """Print a RayJob for Kubernetes that runs exactly this recipe, or check a manifest."""
+    if check is not None:
+        sys.exit(_check_manifest(check, crds))
+    if recipe is None:
+        raise Refused("manifest takes a RECIPE, or --check FILE: name one of them.")
+    from tunefleet.launch.manifest import ManifestOptions, default_image, render, secret_variable
+    from tunefleet.search.onto_cluster import demand_of
+
+    demand, place = demand_of(recipe, overrides or [], storage, workers_per_pod)
+    options = ManifestOptions(
+        image=image or default_image(),
+        namespace=namespace,
+        queue=queue,
+        name=name,
+        memory=memory,
+        service_account=service_account,
+        secrets=tuple(secret_variable(text) for text in secret or ()),
+    )
+    sys.stdout.write(render(demand, place, options, explain=explain))
+
+
+def _check_manifest(file: Path, crds: Path | None) -> int:
+    from tunefleet.kube.check import check_file
+    from tunefleet.kube.schemas import Schemas
+
+    checked = check_file(file, None if crds is None else Schemas(crds))
+    for finding in checked.findings:
+        _print_plain(_errors, finding.line(), "red")
+    official = f", {checked.by_schema} of them by official schemas too" if crds is not None else ""
+    verdict = f"{len(checked.findings)} problem(s)" if checked.findings else "no problem"
+    _print_plain(_console, f"{file}: {checked.objects} object(s) checked{official}, {verdict}")
+    return 2 if checked.findings else 0
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what of the stack is here: versions, devices, number formats, Ray."""
     from tunefleet.launch.doctor import examine

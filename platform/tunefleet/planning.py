@@ -81,6 +81,20 @@ def make_plan(
     )
 
 
+def planned_workers(recipe: Recipe, cluster: ClusterShape) -> WorkerPlan:
+    """The workers of a run whose model is not at hand: what the recipe, its method and the cluster decide alone.
+
+    Raises:
+        Refused: as `make_plan`.
+    """
+    traits = recipe.method.traits()
+    workers = _worker_plan(recipe, traits, cluster)
+    sharding = _sharding(recipe, traits)
+    _refuse(recipe, traits, workers)
+    _refuse_elastic(recipe, workers, sharding)
+    return workers
+
+
 def planned_precision(recipe: Recipe, cluster: ClusterShape) -> Precision:
     """The number formats of a run, which its method must know before there is a model's shape to plan with.
 

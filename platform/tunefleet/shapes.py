@@ -8,6 +8,9 @@ from typing import Literal
 
 from tunefleet.hardware import Hardware
 
+TRIAL_DRIVER = "trial_driver"
+"""The resource that nodes offer on which the drivers of trials may sit."""
+
 
 @dataclass(frozen=True)
 class NodeShape:

@@ -24,7 +24,7 @@ import tunefleet_strategies
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.hardware import Hardware, local_cpu, local_gpu
 from tunefleet.recipe.sections import RaySettings
-from tunefleet.shapes import ClusterShape, NodeShape
+from tunefleet.shapes import TRIAL_DRIVER, ClusterShape, NodeShape
 
 _BUILT_IN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
@@ -36,9 +36,6 @@ _RAY_DEFAULTS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a worker stays where its files are
 }
 """Switches of Ray that we set where the person has not."""
-
-TRIAL_DRIVER = "trial_driver"
-"""The resource that nodes offer on which the drivers of trials may sit."""
 
 _DRIVERS_OWN = frozenset(
     ("runtime_env", "namespace", "log_to_driver", "logging_level", "logging_format", "logging_config", "job_config")

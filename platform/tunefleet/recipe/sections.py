@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Serializ
 from tunefleet.data.settings import DataSettings, Pieces
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
+from tunefleet.secret_names import is_secret
 from tunefleet.settings import Settings
 from tunefleet.stores import refuse_credentials
 from tunefleet.training.settings import TrainingSettings
@@ -28,9 +29,7 @@ def _read_best_metric(value: object) -> object:
     return "eval_loss" if value == "loss" else value
 
 
-_SECRET_NAME = re.compile(r"(?i)(SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|ACCESS_KEY|API_KEY|TOKEN)(_|$|ID$)")
 _T = TypeVar("_T")
-_NO_SECRETS = {"TOKENIZERS_PARALLELISM"}
 
 
 def _without_credentials(value: _T) -> _T:
@@ -48,7 +47,7 @@ def _without_secret_variables(value: dict[str, JsonValue]) -> dict[str, JsonValu
     environment = value.get("runtime_env")
     variables = environment.get("env_vars") if isinstance(environment, dict) else None
     for name in variables if isinstance(variables, dict) else ():
-        if _SECRET_NAME.search(name) and name not in _NO_SECRETS:
+        if is_secret(name):
             raise ValueError(
                 f"ray_init_kwargs: sets {name}, a secret, which does not belong into a recipe; set it in the "
                 f"environment of the cluster's machines, or give them an identity of the platform"

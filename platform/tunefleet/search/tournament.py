@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tunefleet.recipe.sections import Recipe
 from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import Book, Trial, best
-from tunefleet.search.space import Point
+from tunefleet.search.space import Point, Space
 
 DEFAULT_SAMPLES = 10
 """Trials of a search that does not say how many; in a tournament the next number that its branches can share."""
@@ -52,6 +52,13 @@ def samples(settings: TuneSettings, branches: int) -> int | None:
     if settings.num_samples is not None:
         return settings.num_samples
     return math.ceil(DEFAULT_SAMPLES / branches) * branches if settings.tournament else DEFAULT_SAMPLES
+
+
+def planned_trials(space: Space, settings: TuneSettings) -> int:
+    """How many trials there will be at most, repeats under other seeds included."""
+    most = samples(settings, len(space.branches))
+    sampled = sum(1 for _ in space.points()) if most is None else most
+    return sampled + (len(space.branches) * settings.finalist_seeds if settings.tournament else 0)
 
 
 def finalists(book: Book, settings: TuneSettings) -> list[Trial]:

@@ -24,7 +24,7 @@ from ray.tune.experiment import Trial as RayTrial
 from tunefleet.artifacts.claim import mark_of
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import BrokenOff, Refused, RunFailed
-from tunefleet.launch.cluster import TRIAL_DRIVER, cluster_address, joined_shape, local_shape, search_session
+from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, search_session
 from tunefleet.launch.home import refuse_foreign_output, refuse_unusable, refuse_unwritable
 from tunefleet.launch.runs import claimed
 from tunefleet.launch.signals import StopWish, stop_wishes
@@ -41,10 +41,11 @@ from tunefleet.search.result import RESULT_FOLDER
 from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
 from tunefleet.search.searchers import pools, refuse_missing
 from tunefleet.search.sizing import most_at_once
-from tunefleet.search.space import WISH, Space
-from tunefleet.search.tournament import repeats_due, samples
+from tunefleet.search.space import WISH
+from tunefleet.search.tournament import planned_trials, repeats_due, samples
 from tunefleet.search.trial import ENDED, ERROR, FIGURES, RunTrial, sentence
 from tunefleet.search.trials import BranchPlan, Workshop, smallest
+from tunefleet.shapes import TRIAL_DRIVER
 from tunefleet.storage import Place, place
 from tunefleet.worker.failures import failures, last_failure
 
@@ -109,7 +110,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
         book = _open_book(search, common, folder, len(space.branches))
         for text in (*space.notices, *plans[0].plan.notices):
             display.note(text)
-        display.show_plan(plans, book, _planned_trials(space, search.tune), _at_once(search.tune, shop, plans))
+        display.show_plan(plans, book, planned_trials(space, search.tune), _at_once(search.tune, shop, plans))
         if not joins:
             stack.enter_context(search_session(common.ray))
         wish = stack.enter_context(stop_wishes())
@@ -126,13 +127,6 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
         return SearchOutcome(book, search.tune, folder, output_dir, ending)
     leave(shop, book, output_dir, plot=common.run.plot_loss)
     return SearchOutcome(book, search.tune, folder, output_dir, 0)
-
-
-def _planned_trials(space: Space, settings: TuneSettings) -> int:
-    """How many trials there will be at most."""
-    most = samples(settings, len(space.branches))
-    sampled = sum(1 for _ in space.points()) if most is None else most
-    return sampled + (len(space.branches) * settings.finalist_seeds if settings.tournament else 0)
 
 
 def _at_once(settings: TuneSettings, shop: Workshop, plans: list[BranchPlan]) -> int:

@@ -1,0 +1,209 @@
+"""Manifests are checked field by field; each problem is one sentence that begins with its place."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.kube.samples import Object, cluster_spec, pod, ray_cluster, ray_job
+
+from tunefleet.errors import Refused
+from tunefleet.kube.check import KINDS, check_file, check_text
+
+TOKEN = {"authOptions": {"mode": "token"}}
+AUTOSCALED = {"enableInTreeAutoscaling": True}
+RULE = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}}
+
+
+def found(document: object) -> list[str]:
+    return [f"{one.path}: {one.what}" for one in check_text(yaml.safe_dump(document), "f").findings]
+
+
+def put(document: Object, path: str, value: Any) -> Object:
+    """A copy with one field set; `path` is written with dots, numbers for places in lists."""
+    spoiled = copy.deepcopy(document)
+    holder: Any = spoiled
+    *way, last = [int(step) if step.isdigit() else step for step in path.split("/")]
+    for step in way:
+        holder = holder[step]
+    holder[last] = value
+    return spoiled
+
+
+def container(**more: Any) -> Object:
+    return put(ray_cluster(), "spec/headGroupSpec/template/spec/containers/0", {"name": "ray", **more})
+
+
+def test_right_objects_have_no_problem() -> None:
+    assert found(ray_cluster()) == []
+    assert found(ray_job()) == []
+    assert found(ray_job(suspend=True, shutdownAfterJobFinishes=True, ttlSecondsAfterFinished=60)) == []
+    assert found(ray_job(deletionStrategy={"deletionRules": [RULE]})) == []
+
+
+HEAD = "spec.headGroupSpec.template.spec.containers[0]"
+GROUP = "spec.workerGroupSpecs[0]"
+
+WRONG: list[tuple[object, str]] = [
+    # fields and types
+    (put(ray_cluster(), "spec/idleTimoutSeconds", 5), "spec.idleTimoutSeconds: is no field here"),
+    (
+        put(ray_cluster(), "spec/workerGroupSpecs/0/maxReplicaz", 5),
+        f"{GROUP}.maxReplicaz: is no field here; did you mean maxReplicas?",
+    ),
+    (put(ray_cluster(), "spec/workerGroupSpecs/0/replicas", "2"), f"{GROUP}.replicas: '2' is not a whole number"),
+    (put(ray_cluster(), "spec/workerGroupSpecs/0/replicas", True), f"{GROUP}.replicas: True is not a whole number"),
+    (put(ray_cluster(), "metadata/labels", {"a": 1}), "metadata.labels.a: 1 is not text; put it in quotes"),
+    (put(ray_cluster(), "metadata/labels", {"a b": "c"}), "metadata.labels.a b: 'a b' is no key of a label"),
+    (put(ray_cluster(), "spec/enableInTreeAutoscaling", "yes"), "spec.enableInTreeAutoscaling: 'yes' is not true or"),
+    ({"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "c"}}, "spec: is missing"),
+    (put(ray_cluster(), "apiVersion", "ray.io/v1alpha1"), "apiVersion: 'ray.io/v1alpha1' is not ray.io/v1"),
+    (put(ray_cluster(), "kind", "RayClustr"), "kind: 'RayClustr' is no kind that is checked here; did you mean RayClu"),
+    ([1, 2], ": is no object"),
+    # names
+    (put(ray_job(), "metadata/name", "j" * 48), "metadata.name: 'jjj"),
+    (put(ray_job(), "metadata/name", "7-days"), "metadata.name: '7-days' is no name of a RayJob"),
+    (put(ray_job(), "metadata/name", "Upper"), "metadata.name: 'Upper' is no name of a RayJob"),
+    (put(ray_cluster(), "metadata/name", "c" * 54), "metadata.name: 'ccc"),
+    # containers
+    (
+        container(env=[{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]),
+        f"{HEAD}.env[0]: AWS_SECRET_ACCESS_KEY has a se",
+    ),
+    (container(env=[{"name": "A", "value": 1}]), f"{HEAD}.env[0].value: 1 is not text"),
+    (container(env=[{"name": "A", "valueFrom": {}}]), f"{HEAD}.env[0].valueFrom: valueFrom has exactly one source"),
+    (container(env=[{"name": "A", "value": "1"}] * 2), f"{HEAD}: env has A twice"),
+    (container(resources={"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}), f"{HEAD}.resources: requests.cpu is 2"),
+    (container(resources={"requests": {"nvidia.com/gpu": "1"}}), f"{HEAD}.resources: nvidia.com/gpu cannot be shared"),
+    (container(resources={"requests": {"cpu": "two"}}), f"{HEAD}.resources.requests.cpu: 'two' is no quantity"),
+    (container(livenessProbe={"periodSeconds": 5}), f"{HEAD}.livenessProbe: a probe asks in exactly one way"),
+    (container(volumeMounts=[{"name": "v", "mountPath": "/v"}]), "spec.headGroupSpec.template.spec: container ray mou"),
+    (
+        container(volumeMounts=[{"name": "v", "mountPath": "v"}]),
+        f"{HEAD}.volumeMounts[0].mountPath: 'v' is no absolute",
+    ),
+    # clusters
+    (put(ray_cluster(), "spec/workerGroupSpecs/0/minReplicas", 3), f"{GROUP}: minReplicas is 3 and maxReplicas 2"),
+    (put(ray_cluster(), "spec/workerGroupSpecs/0/replicas", 3), f"{GROUP}: replicas is 3, outside of"),
+    (ray_cluster(workerGroupSpecs=cluster_spec()["workerGroupSpecs"] * 2), "spec: two worker groups are named workers"),
+    (ray_cluster(**TOKEN, rayVersion="2.51.0"), "spec: authOptions.mode is token, which Ray 2.51.0 does not know"),
+    (put(ray_cluster(**TOKEN), "spec/rayVersion", None), "spec: authOptions.mode is token and rayVersion is missing"),
+    (
+        ray_cluster(**AUTOSCALED, headGroupSpec={"template": pod(restartPolicy="Always")}),
+        "spec: headGroupSpec has restartPolicy: Always, and autoscaler v2 wants Never",
+    ),
+    (ray_cluster(autoscalerOptions={"version": "v2"}), "spec: autoscalerOptions are there and no autoscaler"),
+    (
+        ray_cluster(headGroupSpec={"template": pod(), "rayStartParams": {"num-cpus": "0"}, "resources": {"CPU": "0"}}),
+        "spec.headGroupSpec: num-cpus in rayStartParams and resources both say",
+    ),
+    (
+        ray_cluster(headGroupSpec={"template": pod(), "rayStartParams": {"labels": "a=b"}}),
+        "spec.headGroupSpec.rayStartParams: labels are not given to ray start",
+    ),
+    (ray_cluster(gcsFaultToleranceOptions={"backend": "redis"}), "spec.gcsFaultToleranceOptions: redis has no redisAd"),
+    (
+        put(ray_cluster(**AUTOSCALED), "metadata/labels", {"kueue.x-k8s.io/queue-name": "q"}),
+        ": Kueue admits no cluster that grows, unless",
+    ),
+    # jobs
+    (ray_job(suspend=True), "spec: suspend needs shutdownAfterJobFinishes: true"),
+    (ray_job(ttlSecondsAfterFinished=60), "spec: ttlSecondsAfterFinished needs shutdownAfterJobFinishes"),
+    (
+        ray_job(deletionStrategy={"deletionRules": [RULE]}, shutdownAfterJobFinishes=True),
+        "spec: shutdownAfterJobFinishes and deletionStrategy both clean up",
+    ),
+    (ray_job(deletionStrategy={"deletionRules": []}), "spec.deletionStrategy.deletionRules: is empty"),
+    (
+        ray_job(deletionStrategy={"deletionRules": [RULE, RULE]}),
+        "spec.deletionStrategy: deletionRules has DeleteCluster twice",
+    ),
+    (
+        ray_job(
+            deletionStrategy={
+                "deletionRules": [
+                    RULE,
+                    {"policy": "DeleteWorkers", "condition": {**RULE["condition"], "ttlSeconds": 90}},
+                ]
+            }
+        ),
+        "spec.deletionStrategy: after SUCCEEDED, DeleteCluster comes at 60 s and DeleteWorkers at 90 s",
+    ),
+    (
+        ray_job(
+            deletionStrategy={"deletionRules": [{"policy": "DeleteWorkers", "condition": {"jobStatus": "FAILED"}}]},
+            rayClusterSpec=cluster_spec(**AUTOSCALED),
+        ),
+        "spec: DeleteWorkers does not go with enableInTreeAutoscaling",
+    ),
+    (
+        ray_job(
+            deletionStrategy={
+                "deletionRules": [
+                    {"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed"}}
+                ]
+            }
+        ),
+        "spec.deletionStrategy.deletionRules[0].condition: a condition has either",
+    ),
+    (ray_job(clusterSelector={"ray.io/cluster": "c"}), "spec: a job has either rayClusterSpec or clusterSelector"),
+    (
+        put(ray_job(clusterSelector={"cluster": "c"}), "spec/rayClusterSpec", None),
+        "spec: clusterSelector names no cluster",
+    ),
+    (ray_job(submissionMode="Sidecar"), "spec.submissionMode: 'Sidecar' is not"),
+    (
+        ray_job(submissionMode="SidecarMode", submitterPodTemplate=pod()),
+        "spec: SidecarMode submits from the head; remove submitterPodTemplate",
+    ),
+    (ray_job(runtimeEnvYAML="workingdir: ."), "spec.runtimeEnvYAML: workingdir is no key of a runtime environment"),
+    (ray_job(runtimeEnvYAML="pip: [a]\nuv: [b]"), "spec.runtimeEnvYAML: pip and uv both install packages"),
+    (ray_job(preRunningDeadlineSeconds=0), "spec.preRunningDeadlineSeconds: 0 must be at least 1"),
+    (ray_job(managedBy="me"), "spec.managedBy: 'me' is not"),
+    (
+        put(ray_job(), "metadata/labels", {"kueue.x-k8s.io/queue-name": "q"}),
+        ": kueue.x-k8s.io/queue-name needs shutdownAfterJobFinishes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("document", "sentence"), WRONG, ids=[sentence[:50] for _, sentence in WRONG])
+def test_what_is_wrong_is_said_with_its_place(document: object, sentence: str) -> None:
+    assert any(one.startswith(sentence) for one in found(document)), found(document)
+
+
+def test_every_rule_that_is_broken_is_said_at_once() -> None:
+    said = found(ray_job(suspend=True, ttlSecondsAfterFinished=5, clusterSelector={"ray.io/cluster": "c"}))
+    assert len(said) == 4, said
+
+
+def test_every_document_of_a_file_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text("---\n".join(yaml.safe_dump(one) for one in (ray_cluster(), put(ray_job(), "spec/a", 1))))
+    checked = check_file(file)
+    assert checked.objects == 2
+    (finding,) = checked.findings
+    assert finding.line() == f"{file}, document 2 (RayJob j), spec.a: is no field here; remove it"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: 1\na: 2\n", "f, line 2: a is written twice (lines 1 and 2)"),
+        ("a: [1\n", "f, line 2:"),
+        ("", "f holds no object"),
+        ("!!python/object:os.system {}\n", "f, line 1:"),
+    ],
+)
+def test_text_that_is_no_manifest_is_refused(text: str, sentence: str) -> None:
+    with pytest.raises(Refused) as refused:
+        check_text(text, "f")
+    assert str(refused.value).startswith(sentence)
+
+
+def test_every_kind_says_its_own_name() -> None:
+    for name, kind in KINDS.items():
+        assert kind.model_fields["kind"].default == name
