@@ -15,7 +15,7 @@ from tunefleet.kube.check import KINDS, check_file, check_text
 
 TOKEN = {"authOptions": {"mode": "token"}}
 AUTOSCALED = {"enableInTreeAutoscaling": True}
-RULE = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}}
+RULE: Object = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}}
 
 
 def found(document: object) -> list[str]:

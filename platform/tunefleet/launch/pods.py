@@ -84,25 +84,24 @@ class PodSettings:
     service_account: str | None = None
 
 
-def head_pod(settings: PodSettings, requests: Mapping[str, Quantity], recipe_map: str, *, grows: bool) -> PodTemplate:
+def head_pod(
+    settings: PodSettings, requests: Mapping[str, Quantity], recipe_map: str | None, *, grows: bool
+) -> PodTemplate:
     """The pod of the head, with the recipe in `RECIPE_FOLDER`.
 
     Args:
-        recipe_map: the ConfigMap that holds the recipe.
+        recipe_map: the ConfigMap that holds the recipe; None for a cluster whose jobs bring theirs.
         grows: whether the autoscaler runs beside it, which needs the account that the operator makes for it.
     """
     ports = [ContainerPort(containerPort=port, name=name) for name, port in (("gcs-server", 6379), ("dashboard", 8265))]
-    recipe = Volume(name="recipe", configMap=ConfigMapVolume(name=recipe_map))
-    mount = VolumeMount(name="recipe", mountPath=RECIPE_FOLDER, readOnly=True)
     own = [EnvVar(name="RAY_JOB_STOP_WAIT_TIME_S", value=str(STOP_SECONDS))]
-    container = _ray_container(settings, "ray-head", requests, LEAVE_HEAD, own)
-    return _pod(
-        settings,
-        "head",
-        container.model_copy(update={"ports": ports, "volumeMounts": [*(container.volumeMounts or ()), mount]}),
-        [recipe],
-        automount=None if grows else False,
-    )
+    container = _ray_container(settings, "ray-head", requests, LEAVE_HEAD, own).model_copy(update={"ports": ports})
+    volumes = []
+    if recipe_map is not None:
+        volumes = [Volume(name="recipe", configMap=ConfigMapVolume(name=recipe_map))]
+        mount = VolumeMount(name="recipe", mountPath=RECIPE_FOLDER, readOnly=True)
+        container = container.model_copy(update={"volumeMounts": [*(container.volumeMounts or ()), mount]})
+    return _pod(settings, "head", container, volumes, automount=None if grows else False)
 
 
 def worker_pod(settings: PodSettings, requests: Mapping[str, Quantity]) -> PodTemplate:
@@ -158,6 +157,7 @@ def _ray_container(
         EnvVar(name=one.name, valueFrom=EnvSource(secretKeyRef=KeyRef(name=one.secret, key=one.key)))
         for one in settings.secrets
     ]
+    plain = EnvVar(name="PYTHONUNBUFFERED", value="1")  # lines of the log arrive as they are written
     home = [EnvVar(name="HF_HOME", value=f"{MOUNT}/hub")] if settings.claim is not None else []
     mounts = [VolumeMount(name="ray-logs", mountPath="/tmp/ray")]
     if settings.claim is not None:
@@ -166,7 +166,7 @@ def _ray_container(
     return Container(
         name=name,
         image=settings.image,
-        env=[*variables, *home, *secrets] or None,
+        env=[plain, *variables, *home, *secrets],
         resources=Resources(
             requests=dict(requests),
             limits={name: amount for name, amount in requests.items() if name != "cpu"},

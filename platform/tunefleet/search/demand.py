@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,8 @@ def search_demand(keys: dict[str, object], root: Path, workers_per_pod: int | No
     sizes = [size for branch in space.branches for size in _sizes(branch, search)]
     common = space.branches[0].recipe(next(space.branches[0].legal_outlines()))
     groups = tuple(_groups(sizes, at_once, workers_per_pod, request_reason(written)))
-    block = dict(written[KEY]) if isinstance(written[KEY], dict) else {}
+    block = written[KEY]
+    assert isinstance(block, Mapping)  # or it would not have been read
     return Demand(
         command="tune",
         run_name=common.run_name,
