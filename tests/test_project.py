@@ -93,6 +93,7 @@ def test_every_command_of_the_readme_is_there(repository: Path) -> None:
     from tunefleet.cli import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known |= {group.name for group in app.registered_groups if group.name}
     named = {words[1] for words in commands_in(repository / "README.md") if words[0] == "tunefleet"}
     assert {"train", "plan"} <= named <= known
 

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tunefleet.cli_jobs import jobs, submit
 from tunefleet.errors import BrokenOff, Refused, RunFailed
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.command()(submit)
+app.add_typer(jobs, name="jobs")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A flat YAML file.")]
 Overrides = Annotated[
