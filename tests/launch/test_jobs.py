@@ -161,7 +161,7 @@ def desk(head: Head, tmp_path: Path, tiny_model: Path, quickstart_world: Path) -
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_recipe_runs_as_a_job_and_its_model_is_fetched(desk: Desk) -> None:
     code, text = desk.give("submit", "recipe.yaml", "seed=3")
     assert code == 0, text
@@ -187,7 +187,7 @@ def test_a_recipe_runs_as_a_job_and_its_model_is_fetched(desk: Desk) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_detached_stopped_and_sent_again(desk: Desk) -> None:
     """Ctrl-C leaves the job alone, a second one of the run is refused, a stopped one goes on when it is sent again."""
     long = ("max_steps=4000", "save_steps=50")
@@ -227,7 +227,7 @@ def _logs_so_far(desk: Desk, job: str) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_job_that_cannot_start_is_explained(desk: Desk) -> None:
     code, text = desk.give(
         "submit", "recipe.yaml", "ray_run_name=held", "--driver-resource", "trial_driver=1", "--pending-timeout", "4"
@@ -239,7 +239,7 @@ def test_a_job_that_cannot_start_is_explained(desk: Desk) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_token_is_asked_for_and_taken(tmp_path: Path) -> None:
     with job_server(tmp_path, token="a" * 32) as guarded:
         desk = Desk(tmp_path, guarded)

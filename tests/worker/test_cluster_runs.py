@@ -15,7 +15,7 @@ from tests.worker.under_ray import Watching, World
 from tunefleet.errors import RunFailed
 from tunefleet.worker.events import Event, Started, Stepped, Worker
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True)

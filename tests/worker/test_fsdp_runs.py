@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tunefleet.artifacts.metrics import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def test_two_workers_with_half_of_the_model_each(world: World) -> None:

@@ -12,7 +12,7 @@ from tunefleet.errors import RunFailed
 from tunefleet.storage import place
 from tunefleet.worker.events import Event, Stepped
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 _MOST_BYTES = 100_000
 """More than a line of metrics, less than a checkpoint."""

@@ -16,7 +16,7 @@ from tests.worker.under_ray import Watching, World
 
 from tunefleet.worker.events import Event, Logged
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 _HEAD = """
 import sys

@@ -25,7 +25,7 @@ from tests.worker.under_ray import SAVE_STEPS, Watching, World
 from tunefleet.artifacts.metrics import read_metrics
 from tunefleet.worker.events import Event, Stepped
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 FP32: dict[str, object] = {"bf16": False}
 

@@ -12,7 +12,7 @@ from tests.worker.under_ray import SAVE_STEPS, Watching, World
 
 from tunefleet.worker.events import Event, Saved, Stepped
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

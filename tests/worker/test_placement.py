@@ -10,7 +10,7 @@ from tests.worker.under_ray import Watching, World
 
 from tunefleet.worker.events import Event, Stepped
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LONG_ENOUGH = 200
 """Updates that last for seconds, so that the run is still alive when the driver hears of its first one."""

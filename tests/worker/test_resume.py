@@ -14,7 +14,7 @@ from tests.worker.under_ray import SAVE_STEPS, UPDATES, Watching, World
 
 from tunefleet.worker.events import Event, Saved, Stepped
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 QUICK = [("full", 1), ("lora_dropout", 2), ("galore", 1), ("badam_ascending", 1)]
 SLOW = [

@@ -18,7 +18,7 @@ from tunefleet.errors import Refused
 from tunefleet.storage import place
 from tunefleet.worker.events import Event, Saved, Stepped
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)

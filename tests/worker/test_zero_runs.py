@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tunefleet.artifacts.metrics import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def test_two_ray_workers_train_a_model_in_parts(world: World) -> None:
