@@ -138,7 +138,7 @@ class Desk:
 @pytest.fixture
 def desk(head: Head, tmp_path: Path, tiny_model: Path, quickstart_world: Path) -> Desk:
     """Data beside the recipe, of which a few rows travel; the model is where the cluster has it."""
-    rows = (quickstart_world / "data" / "quickstart_train.jsonl").read_text().splitlines(keepends=True)[:48]
+    rows = (quickstart_world / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:48]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     keys = {
         "model_name_or_path": str(tiny_model),
