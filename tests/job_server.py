@@ -41,6 +41,8 @@ def job_server(home: Path, cpus: int = 2, token: str | None = None) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="rh", dir="/tmp") as temporary:
         options = [f"--port={_free_port()}", f"--dashboard-port={port}", f"--num-cpus={cpus}"]
         options += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={temporary}"]
+        # Ports that Ray would take at fixed numbers, where another cluster of this machine may be.
+        options += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
         options += ["--disable-usage-stats", "--object-store-memory=200000000"]
         environment = {
             **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")},

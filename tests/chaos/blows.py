@@ -85,6 +85,7 @@ class Damage:
     blow: Blow
     hit_step: int
     lost_steps: int
+    """Steps that were heard of and had to be taken again."""
 
     def row(self) -> tuple[str, ...]:
         blow = self.blow
@@ -106,11 +107,17 @@ class Once:
         self._step, self._strike = step, strike
         self._saved = False
         self._seats: list[str] = []
+        self._starts = 0
         self.hit_step: int | None = None
+        self.last_step = 0
+        """The last step that was heard of before the workers started again."""
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
             self._seats = [worker.node for worker in event.workers]
+            self._starts += 1
+        if isinstance(event, Stepped) and self._starts == 1:
+            self.last_step = event.step.step
         self._saved = self._saved or isinstance(event, Saved)
         if self.hit_step is None and self._saved and isinstance(event, Stepped) and event.step.step >= self._step:
             self.hit_step = event.step.step

@@ -100,7 +100,7 @@ def strike(
         assert once.hit_step is not None
         return Damage(blow, once.hit_step, 0)
     if blow.victim == "driver":
-        hit = run_with_driver_killed(world, keys, step)
+        hit = last_step = run_with_driver_killed(world, keys, step)
     else:
         record = str(world.record("hit"))
         blows: dict[str, Callable[[Sequence[str]], None]] = {
@@ -110,13 +110,13 @@ def strike(
         once = Once(step, blows[blow.victim])
         run_watched(world, keys, once)
         assert once.hit_step is not None
-        hit = once.hit_step
+        hit, last_step = once.hit_step, once.last_step
     first, last = attempts(folder)
     assert first["reason"] != "finished"
     assert last["reason"] == "finished"
     assert 0 < last["start_step"] < UPDATES
     assert last["executed_steps"] == UPDATES - last["start_step"]
-    return Damage(blow, hit, hit - last["start_step"])
+    return Damage(blow, hit, max(0, last_step - last["start_step"]))
 
 
 def test_nothing_is_left_behind(nodes: RayNodes, damages: list[Damage], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import tempfile
@@ -33,6 +34,7 @@ _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray takes these before the address that it is given."""
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 10.0
+_READY_SECONDS = 60.0
 _UNDER_WAY = (JobStatus.PENDING, JobStatus.RUNNING)
 STOPPED_CODE = 143
 
@@ -77,6 +79,7 @@ def connect(address: str) -> JobSubmissionClient:
         )
     for name in _OVERRIDING:
         os.environ.pop(name, None)
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it sends
     _choose_authentication()
     try:
         told = requests.get(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS)
@@ -162,25 +165,30 @@ def submit(client: JobSubmissionClient, order: Order, parcel: Parcel, recipe: Pa
         environment: dict[str, Any] = {"working_dir": str(folder), "env_vars": dict(order.environment)}
         if order.brings_code:
             environment["py_modules"] = [str(Path(one.__path__[0])) for one in (tunefleet, tunefleet_strategies)]
+        job = _taken(client, order, name, entrypoint, environment)
+    return Sent(job, entrypoint)
+
+
+def _taken(client: JobSubmissionClient, order: Order, name: str, entrypoint: str, environment: dict[str, Any]) -> str:
+    """Hand a job to the server; one that has just started is not ready to take any, and is asked again."""
+    others = {key: amount for key, amount in order.driver_resources.items() if key not in ("CPU", "GPU")}
+    said = {RUN: order.run_name, STORAGE: order.storage, DRIVER: json.dumps(dict(order.driver_resources))}
+    until = time.monotonic() + _READY_SECONDS
+    while True:
         try:
-            job = client.submit_job(
+            return client.submit_job(
                 entrypoint=entrypoint,
                 runtime_env=environment,
                 submission_id=name,
-                metadata={
-                    RUN: order.run_name,
-                    STORAGE: order.storage,
-                    DRIVER: json.dumps(dict(order.driver_resources)),
-                },
+                metadata=dict(said),
                 entrypoint_num_cpus=order.driver_resources.get("CPU"),
                 entrypoint_num_gpus=order.driver_resources.get("GPU"),
-                entrypoint_resources={
-                    key: amount for key, amount in order.driver_resources.items() if key not in ("CPU", "GPU")
-                },
+                entrypoint_resources=others,
             )
         except (RuntimeError, ValueError) as error:
-            raise Refused(f"The job server does not take the job ({_first_line(error)}).") from error
-    return Sent(job, entrypoint)
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise Refused(f"The job server does not take the job ({_first_line(error)}).") from error
+        time.sleep(_POLL_SECONDS)
 
 
 def entrypoint_of(order: Order) -> str:
