@@ -15,7 +15,7 @@ FREE = frozenset(
         *("rayStartParams", "resources", "headServiceAnnotations", "clusterSelector"),
     }
 )
-"""Fields whose keys people choose. `resources` of a container is not free, but its keys are looked at on their own."""
+"""Fields whose keys people choose; `resources` is one of them in a group of Ray's, and typed elsewhere."""
 
 
 def pod(name: str = "ray", **spec: Any) -> Object:
@@ -41,7 +41,8 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple
     if isinstance(value, dict):
         for key, inner in value.items():
             yield path, key
-            if key not in FREE or (key == "resources" and {"requests", "limits"} & set(inner)):
+            typed = key == "resources" and (isinstance(inner, list) or inner.keys() & {"requests", "limits"})
+            if key not in FREE or typed:
                 yield from places(inner, (*path, key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from tests.kube.samples import Object, with_typo
+from tests.launch.autoscaler import node_types, started_for
 from tests.launch.recipes import some_recipe
 
 from tunefleet import cli
@@ -126,13 +126,6 @@ def test_pods_have_no_rights_and_say_how_they_are(jobs: list[list[Object]]) -> N
         assert cluster["authOptions"] == {"mode": "token"}
 
 
-def node_types(job: Object) -> dict[str, Any]:
-    """What Ray's own autoscaler reads from a job's cluster: node types by name."""
-    cluster = {"metadata": {"name": "c", "namespace": "n"}, "spec": job["spec"]["rayClusterSpec"]}
-    types: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
-    return types
-
-
 def test_a_run_has_the_pods_of_its_plan(tmp_path: Path) -> None:
     job = rendered(JOBS / "lora_sft.yaml", *MOVED, "resources_per_worker={GPU: 1, CPU: 4}")[2]
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -141,7 +134,7 @@ def test_a_run_has_the_pods_of_its_plan(tmp_path: Path) -> None:
         "memory": "32Gi",
         "nvidia.com/gpu": "1",
     }
-    types = node_types(job)
+    types = node_types(job["spec"]["rayClusterSpec"])
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert types["gpu-workers"]["resources"] | {"memory": 0} == {"CPU": 4, "GPU": 1, "memory": 0}
     assert types["gpu-workers"]["min_workers"] == types["gpu-workers"]["max_workers"] == 2
@@ -183,7 +176,7 @@ def test_a_search_has_pods_for_trials_of_every_size(tmp_path: Path) -> None:
         tmp_path, {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}}, BADAM, max_concurrent_trials=5
     )
     config_map, _, job = rendered(path, storage="s3://bucket/runs")
-    types = node_types(job)
+    types = node_types(job["spec"]["rayClusterSpec"])
     sizes = {name: (one["min_workers"], one["max_workers"]) for name, one in types.items() if name != "headgroup"}
     assert sizes == {"gpu-workers": (0, 10), "gpu-single": (0, 5)}
     assert types["headgroup"]["resources"]["trial_driver"] == 5
@@ -191,15 +184,29 @@ def test_a_search_has_pods_for_trials_of_every_size(tmp_path: Path) -> None:
     assert yaml.safe_load(config_map["data"]["recipe.yaml"])["tune"]["max_concurrent_trials"] == 5
 
 
+def test_ray_starts_what_the_trials_of_a_search_ask_for(tmp_path: Path) -> None:
+    """Trials of one worker get pods for one, also where pods for several workers would hold them."""
+    path = search(
+        tmp_path, {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}}, BADAM, max_concurrent_trials=5
+    )
+    cluster = rendered(path, storage="s3://bucket/runs", per_pod=2)[2]["spec"]["rayClusterSpec"]
+    one = {"GPU": 1.0, "CPU": 1.0}
+    assert started_for(cluster, [[one, one]] * 3 + [[one]] * 2) == {"gpu-workers": 3, "gpu-single": 2}
+    assert started_for(cluster, [[one, one]] * 5) == {"gpu-workers": 5}
+
+
 def test_a_search_without_trials_of_one_worker_has_no_group_for_them(tmp_path: Path) -> None:
     path = search(tmp_path, {**BADAM, "badam_mode": "layer", "badam_switch_interval": {"choice": [5, 10]}})
-    assert set(node_types(rendered(path, storage="s3://b/r")[2])) == {"headgroup", "gpu-workers"}
+    assert set(node_types(rendered(path, storage="s3://b/r")[2]["spec"]["rayClusterSpec"])) == {
+        "headgroup",
+        "gpu-workers",
+    }
 
 
 def test_branches_with_requests_of_their_own_have_groups_of_their_own(tmp_path: Path) -> None:
     lora = {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}}
     path = search(tmp_path, lora, {**BADAM, "resources_per_worker": {"GPU": 2, "CPU": 8}}, max_concurrent_trials=2)
-    types = node_types(rendered(path, storage="s3://b/r")[2])
+    types = node_types(rendered(path, storage="s3://b/r")[2]["spec"]["rayClusterSpec"])
     gpus = {name: (one["resources"].get("GPU"), one["max_workers"]) for name, one in types.items()}
     assert gpus == {
         "headgroup": (None, 0),

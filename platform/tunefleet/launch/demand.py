@@ -36,6 +36,8 @@ class GroupDemand:
     most_pods: int
     why: tuple[str, ...]
     """One sentence for each number."""
+    single: bool = False
+    """Whether it is for trials of one worker, beside a group for larger ones."""
 
     @property
     def gpus(self) -> int:

@@ -69,6 +69,8 @@ _DONE_SECONDS = 60
 """How long a cluster that succeeded stays, so that the last lines of the log are read."""
 _IDLE_SECONDS = 120
 """After how long without work a pod goes: above the start of a trial, or pods would go between two trials."""
+_PRIORITY = 10
+"""Of pods for several workers, where both kinds would be filled: those for one worker stay free for such trials."""
 _GIB = 2**30
 _HEAD_GIB, _DRIVER_GIB = 6.0, 1.5
 """Memory of the head, and of each driver of a trial with Ray's own actors for it (seen: 1.2 to 1.3 GB)."""
@@ -260,6 +262,7 @@ def _group(group: GroupDemand, pods: PodSettings, options: ManifestOptions, *, g
         replicas=group.least_pods if grows else group.most_pods,
         minReplicas=group.most_pods if fixed else group.least_pods,
         maxReplicas=group.most_pods,
+        priority=_PRIORITY if grows and not group.single else None,
         resources={"CPU": str(group.cpus), **others},
         template=worker_pod(pods, requests),
     )

@@ -133,4 +133,4 @@ def _group(name: str, sizes: list[TrialSize], at_once: int, wished: int | None, 
     why = [f"maxReplicas {most}: {at_once} trial(s) at once of {count} worker(s) ({branches}), {why_per_pod}"]
     if one is not None:
         why.append(f"a group of its own for trials of one worker: {one}")
-    return GroupDemand(name, largest.workers.resources, per_pod, 0, most, (*why, reason))
+    return GroupDemand(name, largest.workers.resources, per_pod, 0, most, (*why, reason), single=count == 1)
