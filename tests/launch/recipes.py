@@ -31,6 +31,7 @@ def some_recipe(chance: random.Random) -> dict[str, Any]:
         keys["ray_num_workers"] = chance.choice((1, 2, 4))
         keys["resources_per_worker"] = chance.choice((None, {"GPU": 1, "CPU": 4}, {"CPU": 2, "fast_disk": 1}))
         trials = chance.choice(("auto", 1, 3, 12))
+        keys["bf16"] = True  # no GPU is there to be asked when the search begins
         return keys | {"tune": {"num_samples": 20, "max_concurrent_trials": trials, "space": legal_space(chance)}}
     form = chance.choice((*FORMS, {"finetuning_type": "full", "use_badam": True, "badam_mode": "ratio"}))
     keys |= form

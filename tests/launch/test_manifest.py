@@ -168,7 +168,7 @@ BADAM = {"finetuning_type": "full", "use_badam": True, "badam_mode": {"choice": 
 
 def search(tmp_path: Path, *space: dict[str, Any], **block: Any) -> Path:
     tune = {"metric": "eval_loss", "num_samples": 20, "space": list(space), **block}
-    return written(tmp_path, ray_num_workers=2, val_size=0.1, eval_strategy="steps", tune=tune)
+    return written(tmp_path, ray_num_workers=2, val_size=0.1, eval_strategy="steps", bf16=True, tune=tune)
 
 
 def test_a_search_has_pods_for_trials_of_every_size(tmp_path: Path) -> None:
@@ -214,6 +214,16 @@ def test_branches_with_requests_of_their_own_have_groups_of_their_own(tmp_path: 
         "gpu-workers-2": (2, 4),
         "gpu-single": (2, 2),
     }
+
+
+def test_a_search_that_would_be_refused_there_is_refused_here(tmp_path: Path) -> None:
+    """Its nodes are still to come when it begins, so the number format must be written."""
+    lora = {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}}
+    path = search(tmp_path, lora)
+    assert node_types(rendered(path, storage="s3://b/r")[2]["spec"]["rayClusterSpec"])
+    with pytest.raises(Refused, match=r"tune.space, lora: can never run: .* write bf16: true or bf16: false"):
+        rendered(path, "bf16=null", storage="s3://b/r")
+    assert rendered(path, "bf16=null", "resources_per_worker={CPU: 2}", storage="s3://b/r")
 
 
 def test_a_queued_search_does_not_grow(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
 from tunefleet.plan import WorkerPlan
-from tunefleet.planning import planned_workers
+from tunefleet.planning import planned_precision, planned_workers
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, NodeShape
@@ -113,8 +113,11 @@ def inlined(keys: Keys, root: Path) -> dict[str, object]:
     return {**keys, "deepspeed": deepspeed_config.read(written, root)}
 
 
-def planned_on_request(recipe: Recipe) -> WorkerPlan:
+def planned_on_request(recipe: Recipe, *, grows: bool = False) -> WorkerPlan:
     """The workers of a recipe on a cluster that has just what they ask for.
+
+    Args:
+        grows: whether the nodes are still to come when the run is planned there, so that no GPU can be asked then.
 
     Raises:
         Refused: as `make_plan`.
@@ -125,8 +128,9 @@ def planned_on_request(recipe: Recipe) -> WorkerPlan:
         gpus=request.get("GPU", 0.0),
         others={name: amount for name, amount in request.items() if name not in ("CPU", "GPU")},
     )
-    gpu = Hardware("cuda", bf16=True) if node.gpus else None
+    gpu = Hardware("cuda", bf16=True) if node.gpus and not grows else None
     shape = ClusterShape((node,) * recipe.ray.max_workers, cpu=Hardware("cpu", bf16=True), gpu=gpu, may_grow=True)
+    planned_precision(recipe, shape)
     return planned_workers(recipe, shape)
 
 

@@ -116,7 +116,7 @@ def submitter_pod(settings: PodSettings) -> PodTemplate:
     container = Container(
         name="ray-job-submitter",
         image=settings.image,
-        resources=Resources(requests={"cpu": "200m", "memory": "512Mi"}, limits={"memory": "512Mi"}),
+        resources=Resources(requests={"cpu": "200m", "memory": "1Gi"}, limits={"memory": "1Gi"}),
         securityContext=container_security(),
     )
     spec = PodSpec(

@@ -93,7 +93,7 @@ def _sizes(branch: Branch, search: SearchRecipe) -> Iterable[TrialSize]:
     for values in branch.legal_outlines():
         try:
             recipe = trial_recipe(trial_keys(branch, values, search.keys), "outline", "outline")
-            workers = planned_on_request(recipe)
+            workers = planned_on_request(recipe, grows=True)
         except (Refused, StrategyError) as error:
             refusal = refusal or error
             continue
