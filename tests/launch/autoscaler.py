@@ -9,9 +9,11 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+from ray.core.generated import autoscaler_pb2
 
 Object = dict[str, Any]
+
+_messages: Any = autoscaler_pb2  # made by protoc without types
 
 
 def _config(cluster_spec: Object) -> dict[str, Any]:
@@ -30,7 +32,8 @@ def node_types(cluster_spec: Object) -> dict[str, Any]:
 def started_for(cluster_spec: Object, groups: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, int]:
     """How many nodes of each type would be started, from none, for placement groups with these bundles."""
     config = AutoscalingConfig(_config(cluster_spec), skip_content_hash=True)
-    gangs = [GangResourceRequest(requests=[ResourceRequestUtil.make(dict(one)) for one in group]) for group in groups]
+    bundles = [[ResourceRequestUtil.make(dict(one)) for one in group] for group in groups]
+    gangs = [_messages.GangResourceRequest(requests=group) for group in bundles]
     reply = ResourceDemandScheduler().schedule(
         SchedulingRequest(
             disable_launch_config_check=True,
