@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from tests.contract.sharded import local_bytes, start_sharded
+from tests.contract.sharded import ShardedRun, local_bytes, on_disk, start_sharded
 from tests.contract.sharded_pair import (
+    ALONE,
     BF16_QUICK,
     BF16_SLOW,
+    GROWN,
     PRECISIONS,
     QUICK,
     SAVED,
     SLOW,
     UPDATES,
     arguments,
+    saved_alone,
 )
 from tests.contract.variants import FSDP2, VARIANTS
 from tests.training.tiny import ARCHITECTURES, FP32, VOCABULARY, MemoryRows, Run, build, start
@@ -30,7 +34,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tunefleet.models import causal_lm
-from tunefleet.training.checkpoint import load
+from tunefleet.training.checkpoint import Progress, load, save
 from tunefleet.training.loop import evaluate
 from tunefleet.training.loss import objective
 from tunefleet_strategies.contract import Precision
@@ -39,6 +43,8 @@ from tunefleet_strategies.full import Full
 pytestmark = pytest.mark.timeout(700)  # the first test of a group waits for all of its cells
 ROOT = Path(__file__).resolve().parents[2]
 Seen = Callable[[Any], list[dict[str, Any]]]
+Begun = dict[tuple[str, str], tuple[list[float], torch.Tensor]]
+"""Of a cell: losses, and how far the weights have come."""
 
 CELLS = [pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow) for cell in FSDP2]
 BF16_CELLS = [
@@ -60,14 +66,45 @@ def _pair(folder: Path, *more: str, module: str = "tests.contract.sharded_pair")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A group of one rank, which is this process."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'alone'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {share: tmp_path_factory.mktemp(share) for share in ("quick", "slow")}
+    """Where both groups find the models, and leave what they write."""
+    found = {share: tmp_path_factory.mktemp(share) for share in ("quick", "slow")}
+    for architecture in ARCHITECTURES:
+        for folder in found.values():
+            on_disk(architecture, folder / "models" / architecture)
+    return found
 
 
 @pytest.fixture(scope="module")
-def seen(folders: dict[str, Path]) -> Seen:
+def begun(folders: dict[str, Path]) -> Begun:
+    """What one rank has come to where two go on."""
+    folder = folders["quick"]
+    with alone(folder):
+        return {cell: begin_alone(*cell, folder) for cell in GROWN}
+
+
+def begin_alone(variant: str, architecture: str, folder: Path) -> tuple[list[float], torch.Tensor]:
+    run = start_sharded(VARIANTS[variant], folder / "models" / architecture, **arguments(variant, architecture))
+    losses = [step.loss for step in run.steps(last=ALONE)]
+    checkpoint = saved_alone(variant, architecture, folder)
+    checkpoint.mkdir()
+    save(checkpoint, run.state, Progress(step=ALONE))
+    return losses, run.moved().detach()
+
+
+@pytest.fixture(scope="module")
+def seen(folders: dict[str, Path], begun: Begun) -> Seen:
     """What both ranks of a group saw of a cell. There is one group for the quick cells, and one for the slow ones."""
+    assert begun.keys() == set(GROWN), "the quick group finds them there"
     pairs: dict[str, list[dict[Any, Any]]] = {}
 
     def of(cell: Any) -> list[dict[str, Any]]:
@@ -77,13 +114,6 @@ def seen(folders: dict[str, Path]) -> Seen:
         return [rank[cell] for rank in pairs[share]]
 
     return of
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def plain(variant: str, architecture: str, precision: Precision = FP32, **more: Any) -> tuple[Run, list[Any]]:
@@ -203,27 +233,53 @@ def test_ranks_agree_on_what_one_of_them_knows(seen: Seen) -> None:
         assert rank["unmoved"]
 
 
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(("variant", "architecture"), [("full", "llama"), ("badam_layer", "qwen2_tied")])
-def test_one_worker_goes_on_from_the_files_of_two(
-    seen: Seen, folders: dict[str, Path], variant: str, architecture: str
-) -> None:
-    first, _ = seen((variant, architecture))
-    given = arguments(variant, architecture)
-    run = start_sharded(VARIANTS[variant], folders["quick"] / "models" / architecture, **given)
-    notices = load(folders["quick"] / f"{variant}-{architecture}", run.state).notices
+def go_on_alone(cell: tuple[str, str], folder: Path, checkpoint: str, saved: torch.Tensor) -> ShardedRun:
+    """One rank that stands where two have saved."""
+    variant, architecture = cell
+    run = start_sharded(VARIANTS[variant], folder / "models" / architecture, **arguments(variant, architecture))
+    notices = load(folder / checkpoint, run.state).notices
     assert "written by 2 workers and 1 continue" in notices[0]
-    assert torch.equal(run.moved(), first["saved"])
-    losses = [step.loss for step in run.steps(first=SAVED)]
+    assert torch.equal(run.moved(), saved)
+    return run
+
+
+@pytest.mark.parametrize("cell", GROWN, ids="-".join)
+def test_one_worker_goes_on_from_the_files_of_two(
+    seen: Seen, folders: dict[str, Path], tmp_path: Path, cell: tuple[str, str]
+) -> None:
+    first, _ = seen(cell)
+    with alone(tmp_path):
+        run = go_on_alone(cell, folders["quick"], "-".join(cell), first["saved"])
+        losses = [step.loss for step in run.steps(first=SAVED)]
+        moved = run.moved().detach()
     assert losses == pytest.approx(first["losses"][SAVED:], abs=1e-5)
-    assert float((run.moved() - first["moved"]).norm() / first["moved"].norm()) <= 1e-4
+    assert float((moved - first["moved"]).norm() / first["moved"].norm()) <= 1e-4
 
 
-@pytest.mark.usefixtures("alone")
-def test_a_group_of_one_equals_the_plain_engine(tmp_path: Path) -> None:
-    build(ARCHITECTURES["llama"]).save_pretrained(tmp_path / "llama")
-    run = start_sharded(VARIANTS["full"], tmp_path / "llama", **arguments("full", "llama"))
-    losses = [step.loss for step in run.steps()]
+@pytest.mark.parametrize("cell", GROWN, ids="-".join)
+def test_workers_come_and_go_and_the_losses_stay(
+    seen: Seen, folders: dict[str, Path], begun: Begun, tmp_path: Path, cell: tuple[str, str]
+) -> None:
+    """One rank, then two, then one again, each from the files of the one before: as one plain worker all the way."""
+    losses, moved = begun[cell]
+    first, second = seen(("grown", *cell))
+    assert "written by 1 worker and 2 continue" in first["notices"][0]
+    assert torch.equal(first["began"], moved)
+    assert first["losses"] == second["losses"]
+    with alone(tmp_path):
+        run = go_on_alone(cell, folders["quick"], "-".join(cell) + "-grown", first["saved"])
+        losses = [*losses, *first["losses"], *(step.loss for step in run.steps(first=SAVED))]
+        moved = run.moved().detach()
+    undisturbed, steps = plain(*cell)
+    assert losses == pytest.approx([step.loss for step, _ in steps], abs=1e-5)
+    assert 0.0 < distance(moved, undisturbed) <= 1e-4
+
+
+def test_a_group_of_one_equals_the_plain_engine(folders: dict[str, Path], tmp_path: Path) -> None:
+    with alone(tmp_path):
+        run = start_sharded(VARIANTS["full"], folders["quick"] / "models" / "llama", **arguments("full", "llama"))
+        losses = [step.loss for step in run.steps()]
+        moved = run.moved().detach()
     one, steps = plain("full", "llama")
     assert losses == pytest.approx([step.loss for step, _ in steps], abs=1e-5)
-    assert distance(run.moved(), one) <= 1e-4
+    assert distance(moved, one) <= 1e-4

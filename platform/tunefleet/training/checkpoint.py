@@ -154,6 +154,7 @@ def _put_random(random: Mapping[str, Tensor], engine: Engine, folder: Path) -> t
     if len(random) == engine.world:
         return ()
     return (
-        f"The checkpoint was written by {len(random)} workers and {engine.world} continue: the result is not "
+        f"The checkpoint was written by {'1 worker' if len(random) == 1 else f'{len(random)} workers'} and "
+        f"{engine.world} continue: the result is not "
         "bit-identical to an uninterrupted run (dropout differs).",
     )

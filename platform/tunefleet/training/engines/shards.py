@@ -83,23 +83,21 @@ def load_shards(folder: Path, stem: str, wanted: Mapping[str, Shard]) -> None:
 
     Raises:
         Refused: a file is missing or damaged.
-        ValueError: they hold tensors of other names, shapes or dtypes.
+        ValueError: they hold tensors of other names, shapes or dtypes, or other rows than that rank's.
     """
-    missing = {name: len(shard.local) for name, shard in wanted.items()}
-    for path in _files(folder, stem):
+    files = _files(folder, stem)
+    for rank, path in enumerate(files):
         stored = read(path, _described)
         if odd := sorted(stored.keys() ^ wanted.keys()):
             raise ValueError(f"{len(odd)} tensors are not in both, the first is {odd[0]}")
         for name, shard in wanted.items():
             if (stored[name].whole, stored[name].dtype) != (shard.whole, shard.local.dtype):
                 raise ValueError(f"{name} has another shape or dtype")
+            own = Span.of(shard.whole[0], rank, len(files))
+            if (stored[name].start, stored[name].rows) != (own.start, own.stop - own.start):
+                raise ValueError(f"{path.name} holds other rows of {name} than its name says")
         overlaps = {name: _overlap(stored[name], shard) for name, shard in wanted.items()}
         read(path, partial(_copy, wanted=wanted, overlaps=overlaps))
-        for name, (first, last) in overlaps.items():
-            missing[name] -= last - first
-    for name, rows in missing.items():
-        if rows:
-            raise ValueError(f"{rows} rows of {name} are in no file")
 
 
 @dataclass(frozen=True)
