@@ -108,7 +108,15 @@ def _sharding_keys(site: Site) -> Mapping[str, object]:
         ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
         "auto",
     )
-    return {"deepspeed": {**automatic, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage}}}
+    return {
+        "deepspeed": {
+            **automatic,
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": stage},
+            # Without it DeepSpeed does not say what it sends. It waits for every collective, as gloo does anyway.
+            "comms_logger": {"enabled": True, "verbose": False, "prof_all": True},
+        }
+    }
 
 
 @contextmanager

@@ -21,6 +21,15 @@ def test_a_cell_is_a_recipe(cell: Cell) -> None:
     assert recipe.method.name == cell.method
 
 
+def test_deepspeed_is_asked_what_it_sends() -> None:
+    """Else the bytes of a step would be those of our own few words."""
+    configurations = [cell.keys["deepspeed"] for cell in cells([]) if "deepspeed" in cell.keys]
+    assert configurations
+    for configuration in configurations:
+        assert isinstance(configuration, dict)
+        assert configuration["comms_logger"] == {"enabled": True, "verbose": False, "prof_all": True}
+
+
 def test_the_first_steps_are_left_out_and_a_worker_is_the_one_that_sends_most() -> None:
     workers = {"bytes_sent": [100.0, 300.0], "memory_peak_bytes": [1.0, 2.0]}
     lines = [{"loss": 9.0 - step, "tokens_per_second": 50.0 * step, "workers": workers} for step in range(1, 7)]

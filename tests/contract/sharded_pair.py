@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.contract.variants import FSDP2, VARIANTS
 from tests.training.tiny import FP32, MIXED, PURE, MemoryRows
 from torch import Tensor
 
-from tunefleet.errors import RunFailed
+from tunefleet.errors import Refused, RunFailed
 from tunefleet.model_settings import ModelSettings
 from tunefleet.models import empty_model
 from tunefleet.training.checkpoint import Progress, fingerprints, load, save
@@ -46,6 +46,9 @@ QUICK = [
 ]
 """What `make test` runs: every method, and every architecture."""
 SLOW = [cell for cell in FSDP2 if cell not in QUICK]
+LONG = [("full", "llama"), ("badam_layer", "llama")]
+"""What is followed for as long as the rules of exactness ask for (E2)."""
+LONG_UPDATES = 40
 GROWN = [("full", "llama"), ("lora", "llama"), ("badam_layer", "qwen2_tied")]
 """What one rank begins, two go on with, and one ends."""
 ALONE = 1
@@ -81,8 +84,10 @@ def train_cell(variant: str, architecture: str, folder: Path, name: str, **more:
     checkpoint = folder / name
     checkpoint.mkdir(exist_ok=True)
     run = begin()
-    seen: dict[str, Any] = {"losses": [], "norms": [], "hashes": [], "moments": [], "began": run.started}
+    seen: dict[str, Any] = {"losses": [], "norms": [], "hashes": [], "moments": [], "began": run.started, "sent": []}
+    before = sending(run)
     for step in run.steps():
+        seen["sent"].append(sent_since(before, run))
         seen["losses"].append(step.loss)
         seen["norms"].append(step.grad_norm)
         seen["hashes"].append(fingerprints(run.state))
@@ -90,6 +95,7 @@ def train_cell(variant: str, architecture: str, folder: Path, name: str, **more:
         if step.step == SAVED:
             save(checkpoint, run.state, Progress(step=SAVED))
             seen["saved"] = run.moved()
+        before = sending(run)
     seen |= {"moved": run.moved(), "tokens": sum(run.feed.seen), "bytes": run.engine.bytes_sent}
     seen["parameters"] = parameter_bytes(run.engine.model)
     whole = run.engine.whole_model()
@@ -101,6 +107,28 @@ def train_cell(variant: str, architecture: str, folder: Path, name: str, **more:
     assert load(checkpoint, again.state).notices == ()
     seen["again"] = [(step.loss, fingerprints(again.state)) for step in again.steps(first=SAVED)]
     return seen
+
+
+@dataclass(frozen=True)
+class Sending:
+    """Where a rank stands before an update."""
+
+    active: tuple[str, ...]
+    """What trains."""
+    passes: int
+    sent_bytes: int
+
+
+def sending(run: ShardedRun) -> Sending:
+    active = tuple(name for name, p in run.engine.model.named_parameters() if p.requires_grad)
+    return Sending(active, len(run.feed.seen), run.engine.bytes_sent)
+
+
+def sent_since(before: Sending, run: ShardedRun) -> dict[str, Any]:
+    """What an update has sent, in how many passes, and what trained in it."""
+    now = sending(run)
+    sent = {"bytes": now.sent_bytes - before.sent_bytes, "passes": now.passes - before.passes}
+    return {**sent, "active": list(before.active)}
 
 
 def saved_alone(variant: str, architecture: str, folder: Path) -> Path:
@@ -171,7 +199,17 @@ def agree(folder: Path, rank: int) -> dict[str, Any]:
     except RunFailed as error:
         seen["failed"] = str(error)
     seen["unmoved"] = fingerprints(run.state)["weights"] == weights
+    try:
+        run.engine.read_together(lambda: refused_on_the_second(rank))
+    except Refused as error:
+        seen["unread"] = str(error)
     return seen
+
+
+def refused_on_the_second(rank: int) -> int:
+    if rank == 1:
+        raise Refused("The file is damaged.")
+    return rank
 
 
 def main(rank: int, folder: Path, share: str) -> None:
@@ -183,6 +221,10 @@ def main(rank: int, folder: Path, share: str) -> None:
     for variant, name in BF16_QUICK if share == "quick" else BF16_SLOW:
         more = {"precision": PRECISIONS[name]}
         results[variant, name] = train_cell(variant, "llama", folder, f"{variant}-{name}", **more)
+    if share == "slow":
+        results |= {
+            ("long", *cell): train_cell(*cell, folder, f"long-{cell[0]}", updates=LONG_UPDATES) for cell in LONG
+        }
     if share == "quick":
         results |= {("grown", *cell): grow(*cell, folder) for cell in GROWN}
         results["checkpointed"] = train_cell("lora", "llama", folder, "checkpointed", checkpointed=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ from tests.contract.sharded_pair import (
     BF16_QUICK,
     BF16_SLOW,
     GROWN,
+    LONG,
+    LONG_UPDATES,
     PRECISIONS,
     QUICK,
     SAVED,
@@ -33,6 +37,7 @@ from tests.training.tiny import ARCHITECTURES, FP32, VOCABULARY, MemoryRows, Run
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tunefleet.errors import Refused
 from tunefleet.models import causal_lm
 from tunefleet.training.checkpoint import Progress, load, save
 from tunefleet.training.loop import evaluate
@@ -108,7 +113,7 @@ def seen(folders: dict[str, Path], begun: Begun) -> Seen:
     pairs: dict[str, list[dict[Any, Any]]] = {}
 
     def of(cell: Any) -> list[dict[str, Any]]:
-        share = "slow" if cell in SLOW or cell in BF16_SLOW else "quick"
+        share = "slow" if cell in SLOW or cell in BF16_SLOW or cell[0] == "long" else "quick"
         if share not in pairs:
             pairs[share] = _pair(folders[share], share)
         return [rank[cell] for rank in pairs[share]]
@@ -158,6 +163,31 @@ def test_two_sharded_workers_equal_one_plain_worker(
     same_logits(export, run, architecture)
 
 
+LAYER = re.compile(r"\.(layers|h)\.\d+\.")
+LAST = {"model.norm.weight", "lm_head.weight"}
+WORDS = 3 * 8
+"""Bytes of what the ranks tell each other at each update: the loss, the wish to stop, the square of the norm."""
+
+
+@pytest.mark.parametrize(("variant", "architecture"), CELLS)
+def test_gradients_of_what_trains_are_sent_and_weights_gathered(seen: Seen, variant: str, architecture: str) -> None:
+    """To the byte. In each pass a rank gives its rows of everything, and of the layers once more for the way back."""
+    model = start(VARIANTS[variant], architecture).model
+    rows = {name: -(-len(p) // 2) * p[0].numel() * p.element_size() for name, p in model.named_parameters()}
+    layers = sum(size for name, size in rows.items() if LAYER.search(name))
+    for rank in seen((variant, architecture)):
+        for sent in rank["sent"]:
+            gradients = sum(2 * rows[name] for name in sent["active"])
+            least = sent["passes"] * (sum(rows.values()) + gradients) + WORDS
+            most = least + sent["passes"] * layers
+            if LAST.issuperset(sent["active"]):  # no layer is on the way back, though one may be fetched ahead
+                assert least <= sent["bytes"] < most
+            else:
+                assert sent["bytes"] == most
+        if variant == "badam_layer":
+            assert len({len(sent["active"]) for sent in rank["sent"]}) > 1, "no block has followed another"
+
+
 def same_logits(export: Path, run: Run, architecture: str) -> None:
     """The export, loaded as users load it, against the model that one plain worker has trained."""
     rebuilt: nn.Module
@@ -192,6 +222,18 @@ def test_bf16_rounds_elsewhere_and_no_more(seen: Seen, variant: str, name: str) 
     for rank in seen((variant, name)):
         assert rank["again"] == list(zip(rank["losses"], rank["hashes"], strict=True))[SAVED:]
         assert all(mine <= 0.6 * all_of_it for mine, (_, all_of_it) in zip(rank["moments"], steps, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", LONG, ids="-".join)
+def test_forty_updates_equal_one_plain_worker(seen: Seen, cell: tuple[str, str]) -> None:
+    run, steps = plain(*cell, updates=LONG_UPDATES)
+    first, second = seen(("long", *cell))
+    assert len(first["losses"]) == LONG_UPDATES
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx([step.loss for step, _ in steps], abs=1e-5)
+    assert first["norms"] == pytest.approx([step.grad_norm for step, _ in steps], rel=1e-4)
+    assert 0.0 < distance(first["moved"], run) <= 1e-4
 
 
 def test_activations_computed_again_change_nothing(seen: Seen) -> None:
@@ -231,6 +273,10 @@ def test_ranks_agree_on_what_one_of_them_knows(seen: Seen) -> None:
         assert rank["stopped"] == [(1, True)]
         assert "The gradient of step 9 is not finite" in rank["failed"]
         assert rank["unmoved"]
+    assert [rank["unread"] for rank in seen("agreed")] == [
+        "Worker 1 cannot read its part of the checkpoint: resume from another checkpoint.",
+        "The file is damaged.",
+    ]
 
 
 def go_on_alone(cell: tuple[str, str], folder: Path, checkpoint: str, saved: torch.Tensor) -> ShardedRun:
@@ -273,6 +319,33 @@ def test_workers_come_and_go_and_the_losses_stay(
     undisturbed, steps = plain(*cell)
     assert losses == pytest.approx([step.loss for step, _ in steps], abs=1e-5)
     assert 0.0 < distance(moved, undisturbed) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{what}-0000{rank}-of-00002.safetensors" for what in ("weights", "optimizer") for rank in (0, 1)),
+        *("buffers.safetensors", "optimizer.pt"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_one_sentence(
+    seen: Seen, folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Of either rank: whoever goes on needs rows of both."""
+    assert seen(("full", "llama"))
+    folder = folders["quick"]
+    file = shutil.copytree(folder / "full-llama", tmp_path / "checkpoint") / name
+    content = file.read_bytes()
+    with alone(tmp_path):
+        run = start_sharded(VARIANTS["full"], folder / "models" / "llama", **arguments("full", "llama"))
+        for changed in (content[: len(content) // 2], b"", None):
+            file.unlink()
+            if changed is not None:
+                file.write_bytes(changed)
+            with pytest.raises(Refused, match=rf"{name} is (missing|damaged)") as refusal:
+                load(tmp_path / "checkpoint", run.state)
+            assert "\n" not in str(refusal.value)
+            assert str(refusal.value).endswith("resume from another checkpoint.")
 
 
 def test_a_group_of_one_equals_the_plain_engine(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -76,5 +76,7 @@ def test_a_file_under_another_ranks_name_is_told(stranger: tuple[int, int], tmp_
     other.mkdir()
     write(other, stranger[1])
     shard_file(other, "weights", *stranger).replace(shard_file(tmp_path, "weights", 1, 2))
-    with pytest.raises(ValueError, match="weights-00001-of-00002.safetensors holds other rows of matrix than its name"):
+    with pytest.raises(
+        ValueError, match=r"weights-00001-of-00002\.safetensors holds other rows of matrix than its name"
+    ):
         load_shards(tmp_path, "weights", wanted())

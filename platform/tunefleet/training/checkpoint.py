@@ -85,7 +85,7 @@ def save(folder: Path, state: RunState, progress: Progress, *, only_weights: boo
 
 
 def load(folder: Path, state: RunState) -> Loaded:
-    """Put a checkpoint back into a freshly built run. Every rank sees the files of all ranks in `folder`.
+    """Put a checkpoint back into a freshly built run. Every rank sees the files of all ranks in `folder`. Collective.
 
     The optimizer must have been built as at the start of the run, the model attached with `load_initial`'s tensors.
     When the number of workers changed, ranks without a stored random state keep the one they were seeded with.
@@ -93,8 +93,12 @@ def load(folder: Path, state: RunState) -> Loaded:
     Raises:
         Refused: a file is missing, damaged or made for another model; the sentence names it.
     """
-    document = read(folder / "state.json", lambda path: json.loads(path.read_text()))
-    random = load_tensors(folder / "random.safetensors")
+    document, random = state.engine.read_together(
+        lambda: (
+            read(folder / "state.json", lambda path: json.loads(path.read_text())),
+            load_tensors(folder / "random.safetensors"),
+        )
+    )
     try:
         progress = Progress(**document["progress"])
         state.engine.load_weights(folder, state.trained)

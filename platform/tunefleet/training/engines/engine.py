@@ -6,12 +6,15 @@ turns that into one update, with as many collective calls on every rank whatever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ class Engine(Protocol):
 
     def gather(self, data: Tensor) -> list[Tensor]:
         """Every rank's copy of a byte tensor of one common length, by rank. Collective."""
+
+    def read_together(self, read: Callable[[], _T]) -> _T:
+        """What `read` makes of files, once it has read them on every rank. Collective.
+
+        Raises:
+            Refused: here or on another rank; on all of them.
+        """
 
     def state(self) -> dict[str, float | int]:
         """What of the engine itself must survive a resume, plain numbers."""

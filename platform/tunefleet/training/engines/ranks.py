@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tunefleet.errors import Refused
+
+_T = TypeVar("_T")
 
 
 class Ranks:
@@ -34,6 +41,27 @@ class Ranks:
         dist.all_gather(gathered, data)
         self.bytes_sent += data.numel() * data.element_size()
         return [piece.cpu() for piece in gathered]
+
+    def read_together(self, read: Callable[[], _T]) -> _T:
+        """What `read` makes of files, once it has read them on every rank. Collective.
+
+        Raises:
+            Refused: here or on another rank; on all of them, so that none waits for one that has given up.
+        """
+        found: Any = None
+        refusal: Refused | None = None
+        try:
+            found = read()
+        except Refused as error:  # raised again below, once every rank knows
+            refusal = error
+        refused = self.gather(torch.tensor([refusal is not None], dtype=torch.uint8))
+        if refusal is not None:
+            raise refusal
+        for rank, flag in enumerate(refused):
+            if flag.item():
+                raise Refused(f"Worker {rank} cannot read its part of the checkpoint: resume from another checkpoint.")
+        own: _T = found
+        return own
 
     def _share(self, tensor: Tensor) -> None:
         """Make a tensor that of rank 0, as bytes, so that every dtype arrives unchanged. Collective."""
