@@ -23,7 +23,7 @@ from tests.worker.under_ray import SAVE_STEPS, Watching, World
 from tunefleet.storage import place
 from tunefleet.worker.events import Event, Saved, Started, Stepped
 
-Victim = Literal["worker", "raylet", "driver", "storage"]
+Victim = Literal["worker", "workers", "raylet", "driver", "storage"]
 
 ENGINES: Mapping[str, dict[str, object]] = {
     "plain": {},
@@ -58,7 +58,7 @@ BLOWS = (
     Blow("full", "ZeRO-3", 2, "driver"),
     Blow("full", "FSDP2", 2, "storage"),
     Blow("freeze", "plain", 1, "raylet"),
-    Blow("freeze", "ZeRO-3", 2, "worker"),
+    Blow("freeze", "ZeRO-3", 2, "workers"),
     Blow("freeze", "FSDP2", 2, "driver"),
     Blow("lora_dropout", "plain", 2, "storage"),
     Blow("lora_dropout", "ZeRO-2", 2, "worker"),
@@ -66,7 +66,7 @@ BLOWS = (
     Blow("lora_dropout", "FSDP2", 2, "worker"),
     Blow("dora", "plain", 2, "driver"),
     Blow("pissa", "plain", 2, "raylet"),
-    Blow("galore", "plain", 2, "worker"),
+    Blow("galore", "plain", 2, "workers"),
     Blow("galore_layerwise", "plain", 1, "driver"),
     Blow("galore_svd", "plain", 2, "raylet"),
     Blow("badam_ascending", "plain", 2, "storage"),
@@ -128,6 +128,11 @@ def kill_worker(record: str) -> None:
     """SIGKILL for the process of rank 0, which the run's record names."""
     last = place(record).child("attempts.jsonl").read_text().splitlines()[-1]
     os.kill(json.loads(last)["pid"], signal.SIGKILL)
+
+
+def kill_all_workers(nodes: RayNodes, seats: Sequence[str]) -> None:
+    """SIGKILL for the processes of all ranks at once."""
+    assert nodes.kill_workers() == len(seats)
 
 
 def kill_node(nodes: RayNodes, live: list[str], node: str) -> None:

@@ -22,6 +22,7 @@ from tests.chaos.blows import (
     Damage,
     Once,
     cut,
+    kill_all_workers,
     kill_node,
     kill_worker,
     run_watched,
@@ -105,6 +106,7 @@ def strike(
         record = str(world.record("hit"))
         blows: dict[str, Callable[[Sequence[str]], None]] = {
             "worker": lambda _: kill_worker(record),
+            "workers": lambda seats: kill_all_workers(nodes, seats),
             "raylet": lambda seats: kill_node(nodes, LIVE, draw.choice(seats)),
         }
         once = Once(step, blows[blow.victim])

@@ -37,6 +37,9 @@ from tunefleet.search.tuner import SearchOutcome, tune
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
+KILLED = ("killed", "failed: ActorDiedError")
+"""How an attempt ends whose driver is killed: it may miss the driver before it dies itself."""
+
 
 def run(world: World, space: Any, react: Any = None, **more: Any) -> tuple[SearchOutcome, Watching]:
     display = Watching(react)
@@ -254,7 +257,7 @@ def test_the_same_command_goes_on_and_repeats_nothing(
     assert [trial["state"] for trial in after] == ["finished", "finished"]
     assert len(attempts(world, after[0]["name"])) == 1
     first, last = attempts(world, second)
-    assert first["reason"] == ("killed" if sent is signal.SIGKILL else "stopped")
+    assert first["reason"] in (KILLED if sent is signal.SIGKILL else ("stopped",))
     assert last["start_step"] >= 20
     assert last["executed_steps"] == 400 - last["start_step"]
 
@@ -285,7 +288,7 @@ def test_workers_of_a_trial_whose_driver_was_killed_are_freed_and_the_trial_goes
     (trial,) = outcome.book.trials
     assert trial.state == "finished"
     first, last = attempts(world, trial.name)
-    assert first["reason"] == "killed"
+    assert first["reason"] in KILLED
     assert last["start_step"] >= 300
     assert last["executed_steps"] == 1500 - last["start_step"]
 

@@ -232,7 +232,8 @@ def test_a_driver_killed_outright_leaves_no_writer_and_the_same_command_goes_on(
         assert process.wait(timeout=60) == 143, rest
     first, second = world.attempts("run")
     assert first["reason"] in ("killed", "failed: ActorDiedError")  # it may have missed the driver before it died
+    # A worker whose Ray ends with the driver may be asked to stop, and then saves before it does.
     assert second["start_step"] > 0
-    assert second["start_step"] % 20 == 0
+    assert second["start_step"] % 20 == 0 or second["start_step"] == first["end_step"]
     assert second["reason"] == "stopped"
     assert len(losses(world, "run")) == second["end_step"]
