@@ -606,9 +606,8 @@ def test_what_changes_the_numbers_is_named_alone(keys: dict[str, Any], named: st
 
 def test_another_processor_or_method_changes_the_numbers() -> None:
     other = ClusterShape((NodeShape(4),), cpu=WITH_BF16)
-    assert [line.partition(":")[0] for line in differences(mathematics(planned()), mathematics(planned(other)))] == [
-        "precision"
-    ]
+    found = differences(mathematics(planned()), mathematics(planned(other)))
+    assert [line.partition(":")[0] for line in found] == ["precision.compute", "precision.frozen"]
     found = differences(mathematics(planned()), mathematics(planned(finetuning_type="lora")))
     assert "finetuning_type: 'full' -> 'lora'" in found
     assert "lora_rank: None -> 8" in found

@@ -230,6 +230,27 @@ def test_paths_and_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert place(odd.child("d").uri).local_path == tmp_path / "a b%20c" / "d"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("s3:bucket/runs", "write s3://bucket/runs"),
+        ("gs:/bucket", "write gs://bucket"),
+        ("~nobody-here/runs", "a user that this machine does not have"),
+        ("s3://[::1/runs", "This is no URI"),
+        ("file://runs", "file:///folder with its whole path"),
+    ],
+)
+def test_what_is_nearly_a_place_is_refused(text: str, words: str) -> None:
+    with pytest.raises(Refused) as caught:
+        place(text)
+    assert words in str(caught.value)
+
+
+def test_a_name_with_a_colon_is_a_folder(tmp_path: Path) -> None:
+    assert place("run:1", base=tmp_path).local_path == tmp_path / "run:1"
+    assert place("./s3:x", base=tmp_path).local_path == tmp_path / "s3:x"
+
+
 def test_an_object_stores_uri_opens_its_children() -> None:
     bucket = place("s3://bucket/runs?region=eu-west-1&endpoint_override=localhost:1&scheme=http")
     below = bucket.child("checkpoints", "step 5")

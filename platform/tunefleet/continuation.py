@@ -30,7 +30,22 @@ def mathematics(plan: Plan) -> dict[str, JsonValue]:
     return kept
 
 
-def differences(recorded: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """One line for each key whose value is not what the record holds."""
-    keys = sorted(set(recorded) | set(now))
-    return [f"{key}: {recorded.get(key)!r} -> {now.get(key)!r}" for key in keys if recorded.get(key) != now.get(key)]
+def differences(recorded: Mapping[str, object], now: Mapping[str, object], path: str = "") -> list[str]:
+    """One line for each key whose value is not what the record holds; of mappings, for each key inside.
+
+    Args:
+        path: what stands before each key.
+    """
+    lines: list[str] = []
+    for key in sorted(set(recorded) | set(now)):
+        old, new = recorded.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{path}{key}.")
+        elif old != new:
+            lines.append(f"{path}{key}: {_shown(old)} -> {_shown(new)}")
+    return lines
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -24,7 +24,7 @@ from urllib.parse import quote
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from tunefleet.errors import Refused, RunFailed
-from tunefleet.stores import OBJECT_STORES, PATIENCE_SECONDS, StoreFailed, open_uri, with_patience
+from tunefleet.stores import OBJECT_STORES, PATIENCE_SECONDS, StoreFailed, open_uri, refuse_half_uri, with_patience
 
 _T = TypeVar("_T")
 
@@ -376,6 +376,12 @@ def place(uri_or_path: str | Path, base: Path | None = None) -> Place:
     """
     text = str(uri_or_path)
     if "://" not in text:
-        return Place(LocalFileSystem(), str(((base or Path.cwd()) / Path(text).expanduser()).resolve()))
+        refuse_half_uri(text)
+        try:
+            return Place(LocalFileSystem(), str(((base or Path.cwd()) / Path(text).expanduser()).resolve()))
+        except RuntimeError as error:  # ~somebody
+            raise Refused(
+                f"{text} begins with a user that this machine does not have: write the whole path."
+            ) from error
     opened = open_uri(text)
     return Place(opened.filesystem, opened.path, opened.before, opened.after)

@@ -108,6 +108,8 @@ def _mend_to_open(scheme: str) -> str:
             "HDFS needs Java and Hadoop's native client on every machine: set JAVA_HOME, HADOOP_HOME and CLASSPATH (to "
             "what `hadoop classpath --glob` prints), and check the name of the host"
         )
+    if scheme == "file":
+        return "write the path alone, or file:///folder with its whole path"
     return "write a path or a URI such as s3://bucket/folder, and check its name, the network and the credentials"
 
 
@@ -132,7 +134,10 @@ def refuse_credentials(text: str) -> None:
     """
     if "://" not in text:
         return
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:  # not repeated either: it may hold a password
+        raise Refused(f"This is no URI ({error}); write one such as s3://bucket/folder.") from error
     scheme = _ALIASES.get(parts.scheme, parts.scheme)
     named = {"hdfs": True, "viewfs": True, "gs": parts.username == "anonymous"}.get(scheme, False)
     secret = parts.password is not None or (parts.username is not None and not named)
@@ -149,6 +154,17 @@ def refuse_credentials(text: str) -> None:
             f"{shown_uri(text)} carries credentials, a password or a key; leave them out: they belong into the "
             f"environment of each machine (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or its platform's identity."
         )
+
+
+def refuse_half_uri(path: str) -> None:
+    """See that a path is none of `s3:bucket/folder`, which would make a folder of that name on this disk.
+
+    Raises:
+        Refused: it is.
+    """
+    scheme, colon, rest = path.partition(":")
+    if colon and _ALIASES.get(scheme.lower(), scheme.lower()) in _OPTIONS:
+        raise Refused(f"{path} is half a URI: write {scheme.lower()}://{rest.lstrip('/')}, or ./{path} for a folder.")
 
 
 def shown_uri(text: str) -> str:

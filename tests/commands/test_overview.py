@@ -119,3 +119,9 @@ def test_the_table_says_how_long_ago() -> None:
     console.print(overview_table(rows, now))
     text = console.export_text()
     assert all(age in text for age in ages)
+
+
+def test_a_file_is_no_storage_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="cannot be listed"):
+        overviews(place(tmp_path / "file"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import tunefleet
 import tunefleet_strategies
 from tunefleet.errors import Refused
 from tunefleet.hardware import local_cpu
-from tunefleet.launch.cluster import _JOB_CONFIG, _node_shape, _runtime_env, cluster_address, local_shape
+from tunefleet.launch.cluster import _JOB_CONFIG, _node_shape, _runtime_env, cluster_address, local_shape, ray_session
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import NodeShape
 
@@ -118,3 +119,19 @@ def test_the_variable_of_a_job_is_the_one_that_ray_sets() -> None:
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
     assert RAY_JOB_CONFIG_JSON_ENV_VAR == _JOB_CONFIG
+
+
+def test_an_address_where_nobody_listens_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunefleet.launch.cluster._KNOCKING_SECONDS", 0.5)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, so nobody else has it, and nobody listens
+        port = closed.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
+            with pytest.raises(Refused, match="No Ray cluster answers"), ray_session(RaySettings(ray_address=address)):
+                pass
+
+
+def test_what_is_no_address_is_told_as_that() -> None:
+    nonsense = RaySettings(ray_address="nonsense")
+    with pytest.raises(Refused, match="ray_address: nonsense is no address"), ray_session(nonsense):
+        pass

@@ -178,6 +178,14 @@ def test_what_cannot_run_is_refused_before_a_long_tokenisation(
     assert said in refused_before_tokens(recipe(quickstart_world, cache, **keys), LAPTOP, cache)
 
 
+def test_what_deepspeed_does_not_know_is_refused_before_a_long_tokenisation(
+    quickstart_world: Path, tmp_path: Path
+) -> None:
+    cache, config = tmp_path / "cache", {"zero_optimization": {"stage": 2, "overlap_com": True}}
+    said = refused_before_tokens(recipe(quickstart_world, cache, deepspeed=config), LAPTOP, cache)
+    assert "overlap_com is no key that DeepSpeed knows" in said
+
+
 def test_a_folder_without_a_model_is_refused(quickstart_world: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     read = recipe(quickstart_world, tmp_path / "cache", model_name_or_path=str(tmp_path / "empty"))
@@ -230,5 +238,5 @@ def test_a_deepspeed_file_travels_as_its_content(quickstart_world: Path, tmp_pat
     assert again.deepspeed == first.deepspeed
     assert differences(mathematics(first), mathematics(plans["b.json"])) == []
     changed = differences(mathematics(first), mathematics(plans["c.json"]))
-    assert [line.partition(":")[0] for line in changed] == ["deepspeed"]
+    assert changed == ["deepspeed.communication_data_type: 'fp32' -> 'bf16'"], "the block that changed, not all of them"
     assert plans["zero3"].sharding == "zero3"

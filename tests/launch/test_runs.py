@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from tunefleet.artifacts.claim import mark_of
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.record import RESULT
 from tunefleet.checkpoints import step_name
@@ -430,3 +431,51 @@ def test_each_command_leaves_its_own_mark(folder: RunFolder) -> None:
             assert mark in folder.claim.read_text()
             marks.append(mark)
     assert len(set(marks)) == 2
+
+
+# ---- records that somebody has edited -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5"])
+def test_a_record_of_the_mathematics_that_is_damaged_is_refused(
+    folder: RunFolder, weights: Path, tmp_path: Path, text: str
+) -> None:
+    open_run(planned(tmp_path), folder)
+    save(folder, weights, 5)
+    folder.record.child("mathematics.json").write_text(text)
+    assert "mathematics.json is damaged" in refusal(planned(tmp_path), folder)
+
+
+def test_checkpoints_without_a_record_are_of_nobody_knows_what(
+    folder: RunFolder, weights: Path, tmp_path: Path
+) -> None:
+    open_run(planned(tmp_path), folder)
+    save(folder, weights, 5, 10)
+    folder.record.delete()
+    for keys in ({}, {"learning_rate": 1.0}, {"resume_from_checkpoint": True}):
+        assert "mathematics.json is missing" in refusal(planned(tmp_path, **keys), folder)
+    open_run(planned(tmp_path, resume_from_checkpoint=False), folder)
+    assert steps(folder) == []
+
+
+def test_a_damaged_note_of_where_a_run_began_loses_no_checkpoint(
+    folder: RunFolder, weights: Path, tmp_path: Path
+) -> None:
+    open_run(planned(tmp_path), folder)
+    save(folder, weights, 5, 10)
+    from_five = planned(tmp_path, resume_from_checkpoint=folder.checkpoints.child(step_name(5)).uri)
+    open_run(from_five, folder)
+    save(folder, weights, 15)
+    folder.record.child("origin.json").write_text("{")
+    assert "origin.json is damaged" in refusal(from_five, folder)
+    assert steps(folder) == [5, 15]
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{"])
+def test_a_damaged_plan_stops_nobody(folder: RunFolder, weights: Path, tmp_path: Path, text: str) -> None:
+    open_run(planned(tmp_path), folder)
+    save(folder, weights, 5)
+    folder.record.child("plan.json").write_text(text)
+    folder.claim.write_text(text)
+    assert mark_of(folder.claim) == ""
+    assert open_run(planned(tmp_path), folder) == ["The run first goes on from step 5."]

@@ -313,3 +313,10 @@ print(sorted({{"ray", "peft", "transformers", "datasets", "deepspeed"}} & sys.mo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_home_that_this_machine_does_not_know_is_told_for_every_key() -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_flat({"model_name_or_path": "~nobody-here/m", "dataset": "a", "output_dir": "~nobody-here/out"})
+    assert [problem.key for problem in caught.value.problems] == ["model_name_or_path", "output_dir"]
+    assert "a user whom this machine does not know" in caught.value.problems[0].what

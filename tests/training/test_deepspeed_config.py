@@ -12,6 +12,7 @@ from tests.training.deepspeed_files import AUTOTP, FILES, FP8
 
 from tunefleet.errors import Refused
 from tunefleet.training.deepspeed_config import NAMED, Config, Numbers, fill, read, sharding_of
+from tunefleet.training.deepspeed_verdict import refuse_unreadable
 
 NUMBERS = Numbers(
     micro_batch=2,
@@ -139,3 +140,52 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_a_stage_is_needed(zero: object) -> None:
     with pytest.raises(Refused, match="write 0, 1, 2 or 3"):
         sharding_of({"zero_optimization": zero})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"zero_optimization": {"stage": 2}, "bf16": True}, "bf16 is true, but is a block"),
+        ({"zero_optimization": {"stage": 2}, "fp16": None}, "fp16 is null, but is a block"),
+        ({"zero_optimization": {"stage": 2}, "data_types": "fp32"}, 'data_types is "fp32", but is a block'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, 'write {"device": "cpu"} there'),
+        ({"zero_optimization": {"stage": 3, "offload_param": [1]}}, "zero_optimization.offload_param is [1]"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'write "offload_optimizer": {"device": "cpu"}'),
+    ],
+)
+def test_a_value_in_the_place_of_a_block_is_refused(config: Config, words: str) -> None:
+    assert words in refusal(config)
+
+
+def test_a_file_that_an_editor_marked_as_utf8_is_read(tmp_path: Path) -> None:
+    (tmp_path / "marked.json").write_text(json.dumps(FILES["ds_z2_config"]), encoding="utf-8-sig")
+    assert read("marked.json", tmp_path) == FILES["ds_z2_config"]
+
+
+def test_a_file_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(Refused, match=r"deep\.json holds no JSON"):
+        read("deep.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "overlap_com is no key that DeepSpeed knows"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": -5}}, "does not take reduce_bucket_size"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"divice": "cpu"}}}, "offload_param.divice is no key"),
+        ({"communication_data_type": "fp8"}, "Invalid communication_data_type"),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype is fp8: write one of fp32"),
+        ({"wall_clock_breakdown": "maybe"}, "cannot read the configuration"),
+    ],
+)
+def test_what_deepspeed_would_refuse_is_refused_before_anything_starts(change: Config, words: str) -> None:
+    filled = fill({"zero_optimization": {"stage": 3}, **change}, NUMBERS)
+    with pytest.raises(Refused) as caught:
+        refuse_unreadable(filled)
+    assert words in str(caught.value)
+
+
+def test_deepspeed_takes_every_file_that_we_promise_to_take() -> None:
+    for config in (*FILES.values(), *NAMED.values()):
+        refuse_unreadable(fill(config, NUMBERS))

@@ -68,6 +68,6 @@ def _written(place: Place) -> list[str]:
     """The marks of the newest command and of its newest attempt."""
     try:
         command, attempt = json.loads(place.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):
         return ["", ""]
     return [str(command), str(attempt)]

@@ -20,6 +20,7 @@ from tunefleet.launch.runs import PLAN
 from tunefleet.plan import Plan
 from tunefleet.search.book import BOOK, Book, best
 from tunefleet.storage import Place
+from tunefleet.stores import reason
 
 State = Literal["planned", "running", "silent", "stopped", "failed", "finished", "unreadable"]
 """silent: nothing says that it ended, and nothing was written for SILENT_SECONDS."""
@@ -62,13 +63,17 @@ def overviews(storage: Place, now: datetime | None = None) -> list[Overview]:
         now: what silence is counted to; None = the present.
 
     Raises:
-        Refused: there is no such folder.
+        Refused: there is no such folder, or it cannot be listed.
         StoreFailed: the store cannot be read.
     """
     if not storage.exists():
         raise Refused(f"{storage.uri} does not exist: name the ray_storage_path of your recipes.")
+    try:
+        children = storage.children()
+    except OSError as error:
+        raise Refused(f"{storage.uri} cannot be listed ({reason(error)}): name a folder that holds runs.") from error
     found: list[Overview] = []
-    for child in storage.children():
+    for child in children:
         if child.child(BOOK).exists():
             found.append(_of_search(child, now or datetime.now(UTC)))
         elif RunFolder(child).record.exists():

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -43,6 +45,9 @@ _DRIVERS_OWN = frozenset(
 """Arguments of `ray.init` that are about this driver; all others are about the Ray that is started."""
 
 _LONGEST_END_SECONDS = 30.0
+
+_KNOCKING_SECONDS = 10.0
+"""How long nobody may listen at a cluster's address."""
 
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells a submitted job's script its own runtime environment."""
@@ -165,6 +170,7 @@ def search_session(settings: RaySettings) -> Iterator[None]:
 
 
 def _init(options: Mapping[str, Any]) -> None:
+    _refuse_unanswered(options["address"])
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
@@ -173,7 +179,35 @@ def _init(options: Mapping[str, Any]) -> None:
             f"`ray start --head`, or leave ray_address out to run on this machine."
         ) from error
     except (TypeError, ValueError) as error:
+        if "address" in str(error).lower():
+            raise Refused(
+                f"ray_address: {options['address']} is no address ({_first_line(error)}): write host:port, "
+                f"ray://host:10001 or auto."
+            ) from error
         raise _refused_arguments(_first_line(error)) from error
+
+
+def _refuse_unanswered(address: str) -> None:
+    """See that somebody listens at an address: Ray itself goes on knocking for a quarter of an hour, without a word.
+
+    Raises:
+        Refused: nobody does, for `_KNOCKING_SECONDS`.
+    """
+    named = re.fullmatch(r"(?:ray://)?([\w.-]+):(\d{1,5})", address)
+    if named is None:
+        return
+    end = time.monotonic() + _KNOCKING_SECONDS
+    while True:
+        try:
+            with socket.create_connection((named[1], int(named[2])), timeout=_KNOCKING_SECONDS):
+                return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() + 1 > end:
+                raise Refused(
+                    f"No Ray cluster answers at {address} ({_first_line(error)}): start one with `ray start --head`, "
+                    f"correct ray_address, or leave it out to run on this machine."
+                ) from error
+        time.sleep(1)
 
 
 def _refused_arguments(reason: str) -> Refused:

@@ -14,6 +14,7 @@ from tunefleet.planning import make_plan, planned_precision
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, DataShape, SplitShape
 from tunefleet.training import deepspeed_config
+from tunefleet.training.deepspeed_verdict import refuse_unreadable
 from tunefleet_strategies.contract import AttachContext
 
 Stages = Callable[[str, int, int], None]
@@ -29,12 +30,14 @@ def draft(
         Refused: data, model or cluster do not allow the run.
         StrategyError: the method cannot do this on this model.
     """
-    recipe = _with_deepspeed_read(recipe, root)
+    recipe, named = _with_deepspeed_read(recipe, root), recipe.training.deepspeed
     context = AttachContext(precision=planned_precision(recipe, cluster))
     model = recipe.method.attach(meta_model(recipe.model), context)
     shape = model_shape(model)
     # Whatever the cluster or the method refuses is refused before a long tokenisation.
     made = make_plan(recipe, shape, None, cluster, str(root))
+    if made.deepspeed is not None and not (isinstance(named, str) and named in deepspeed_config.NAMED):
+        refuse_unreadable(made.deepspeed)
     if with_data:
         prepared = tokenised(recipe, stages)
         made = make_plan(recipe, shape, data_shape(prepared), cluster, str(root), _data_notices(prepared))

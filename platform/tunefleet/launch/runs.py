@@ -91,6 +91,8 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
     notices: list[str] = []
     origin = _named_checkpoint(plan)
     started = folder.record.child(_MATHEMATICS).exists()
+    if not (started or finished or origin is not None or run.resume_from_checkpoint is False):
+        _refuse_nameless_checkpoints(plan, folder)
     if origin is not None and (finished or not _began_from(folder, origin)):
         _begin_from(origin, plan, folder, started)
     elif finished or run.resume_from_checkpoint is False:
@@ -133,7 +135,7 @@ def _other_rounding(plan: Plan, folder: RunFolder) -> list[str]:
     record = folder.record.child(PLAN)
     try:
         before = json.loads(record.read_text())["workers"]["threads"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []
     now = plan.workers.threads
     if before == now:
@@ -160,7 +162,15 @@ def _named_checkpoint(plan: Plan) -> Place | None:
 def _began_from(folder: RunFolder, origin: Place) -> bool:
     """Whether this start was made already, so that the same command goes on instead of starting there again."""
     note = folder.record.child(_ORIGIN)
-    return note.exists() and json.loads(note.read_text()) == origin.uri
+    try:
+        return bool(json.loads(note.read_text()) == origin.uri)
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise Refused(
+            f"{note.uri} is damaged, so it cannot be told whether this run began from {origin.uri} already: leave "
+            f"resume_from_checkpoint out to go on with it, or choose another ray_run_name."
+        ) from error
 
 
 def _begin_from(origin: Place, plan: Plan, folder: RunFolder, started: bool) -> None:
@@ -185,13 +195,26 @@ def _changed(plan: Plan, folder: RunFolder) -> list[str]:
     """What this recipe does otherwise than the one that the run was started with."""
     record = folder.record.child(_MATHEMATICS)
     try:
-        recorded: dict[str, object] = json.loads(record.read_text())
-    except ValueError as error:
+        recorded = json.loads(record.read_text())
+    except ValueError:
+        recorded = None
+    if not isinstance(recorded, dict):
         raise Refused(
             f"{record.uri} is damaged, so it cannot be told what the unfinished run {plan.place.run_name} was started "
             f"with: write resume_from_checkpoint: false to start anew, or choose another ray_run_name."
-        ) from error
+        )
     return differences(recorded, json.loads(json.dumps(mathematics(plan))))
+
+
+def _refuse_nameless_checkpoints(plan: Plan, folder: RunFolder) -> None:
+    """Leave checkpoints alone whose record is gone: they may be of any other recipe."""
+    newest, _ = newest_complete(folder.checkpoints)
+    if newest is not None:
+        raise Refused(
+            f"{folder.root.uri} holds checkpoints, but {_MATHEMATICS} is missing from its record, so it cannot be told "
+            f"what the run {plan.place.run_name} was started with: write resume_from_checkpoint: false to start anew, "
+            f"name one of its checkpoints there, or choose another ray_run_name."
+        )
 
 
 def _refuse_differences(plan: Plan, folder: RunFolder) -> None:

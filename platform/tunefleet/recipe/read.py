@@ -74,6 +74,7 @@ def _read(keys: Mapping[str, object], written: frozenset[str] | None, found: lis
     if method is None:
         found += _values_of_any_method(sort.method)
     found += rules.problems(values)
+    found += _homeless(present)
     if found:
         raise RecipeError(_in_order(found, keys))
     own = values.written & owners.known_keys()
@@ -146,6 +147,20 @@ def _unused(method: Strategy | None, written: Iterable[str]) -> list[str]:
     """Keys of the method that a person wrote and that do nothing beside its others."""
     idle = {} if method is None else method.unused()
     return [f"{key}: not used, because {reason}" for key, reason in idle.items() if key in written]
+
+
+def _homeless(keys: Mapping[str, object]) -> list[Problem]:
+    """Paths below the home of a user whom this machine does not know, which nothing could open."""
+    problems: list[Problem] = []
+    for key, value in keys.items():
+        if not (isinstance(value, str) and value.startswith("~")):
+            continue
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            what = f"{value} begins with a user whom this machine does not know"
+            problems.append(Problem(key, what, "write the whole path, or ~/ for your own home"))
+    return problems
 
 
 def _in_order(found: list[Problem], keys: Mapping[str, object]) -> list[Problem]:

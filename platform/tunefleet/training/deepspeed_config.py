@@ -83,6 +83,8 @@ _REFUSED_ZERO: Mapping[str, str] = {
     "zero_quantized_gradients": "gradients that travel in 4 bits are not summed exactly: remove it",
     "zero_hpz_partition_size": "secondary partitions are not restored by a resume: remove it",
     "mics_shard_size": "its partitions are not those that a checkpoint holds: remove it",
+    "cpu_offload": 'it is an old name: remove it and write "offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": 'it is an old name: remove it and write "offload_param": {"device": "cpu"}',
 }
 """The same for `zero_optimization`; what is off (false, 1, -1) may stand there."""
 
@@ -121,10 +123,10 @@ def read(value: str | Mapping[str, JsonValue], root: Path) -> Config:
     path = (root / Path(value).expanduser()).resolve()
     names = ", ".join(NAMED)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Refused(f"deepspeed: {value} is neither a file here nor one of {names}: correct it.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"deepspeed: {value} holds no JSON ({str(error)[:160]}): mend the file.") from error
     if not isinstance(config, dict):
         raise Refused(f"deepspeed: {value} holds no JSON object: mend the file, or write one of {names}.")
@@ -180,6 +182,7 @@ def _refuse(config: Config) -> None:
         if key not in _READ:
             raise Refused(f"deepspeed: {key} is no key that this version hands on: remove it.")
     zero = config["zero_optimization"]
+    _refuse_values_for_blocks(config, zero)
     for key, why in _REFUSED_ZERO.items():
         value = zero.get(key)
         off = value in (None, 1, -1) if not isinstance(value, bool) else not value
@@ -197,6 +200,20 @@ def _refuse(config: Config) -> None:
             "deepspeed: zero_force_ds_cpu_optimizer asks for DeepSpeed's own optimizer, but the optimizer comes from "
             "the method: remove it."
         )
+
+
+def _refuse_values_for_blocks(config: Config, zero: Config) -> None:
+    """Raises Refused where `bf16: true` and its like stand for a block of settings."""
+    blocks = [(config, "", key, "enabled", AUTO) for key in ("bf16", "fp16")]
+    blocks += [(config, "", "data_types", "grad_accum_dtype", "fp32")]
+    blocks += [(zero, "zero_optimization.", key, "device", "cpu") for key in ("offload_optimizer", "offload_param")]
+    for holder, path, key, setting, example in blocks:
+        value = holder.get(key, {})
+        if not isinstance(value, dict) and not (value is None and holder is zero):
+            raise Refused(
+                f"deepspeed: {path}{key} is {json.dumps(value)}, but is a block of settings: write "
+                f'{{"{setting}": "{example}"}} there, or remove it.'
+            )
 
 
 def _agree(config: Config, key: str, number: float, name: str) -> None:
