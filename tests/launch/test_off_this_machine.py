@@ -114,6 +114,7 @@ def test_storage_that_is_none_is_refused(option: str | None, written: str | None
         ("s3://b/r?endpoint_override=http://minio:9000/", [9000]),
         ("s3://b/r?endpoint_override=minio&scheme=http", [80]),
         ("hdfs://names:8020/r", [8020]),
+        ("gs://b/r", [80, 988]),
     ],
 )
 def test_the_port_of_a_store_is_known(uri: str, ports: list[int]) -> None:

@@ -33,8 +33,10 @@ class Storage:
 
     @property
     def ports(self) -> list[int]:
-        """Where a store listens that is not reached at the usual port of HTTPS."""
+        """Where a store listens, or who knows a pod's identity there, if not at the usual port of HTTPS."""
         parts = urlsplit(self.uri)
+        if parts.scheme == "gs":
+            return [80, 988]  # GKE's metadata server, which gives a pod the token of its identity
         servers = [*parse_qs(parts.query).get("endpoint_override", []), parts.netloc if parts.scheme == "hdfs" else ""]
         found = [re.search(r":(\d+)$", server.rstrip("/")) for server in servers]
         plain = [80] if "scheme=http&" in f"{parts.query}&" else []
