@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-slow chaos check bench bench-scaling bench-search-quality clean
+.PHONY: help install quickstart test test-gpu test-slow chaos check bench bench-scaling bench-search bench-search-quality clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-20s %s\n' "$$name" "$$text"; done
@@ -47,6 +47,9 @@ bench: $(INSTALLED) ## Speed beside the peers; makes their environments by itsel
 
 bench-scaling: $(INSTALLED) ## Tokens per second and bytes sent, on one and two workers, for every method and engine.
 	$(BIN)/python benchmarks/scaling.py
+
+bench-search: $(INSTALLED) ## What short trials cost beside their training: warm, cold, and in Ray Tune's own way.
+	$(BIN)/python benchmarks/search.py
 
 bench-search-quality: $(INSTALLED) ## What searches find, beside trying everything; after `make quickstart`.
 	$(BIN)/python benchmarks/search_quality.py

@@ -25,6 +25,7 @@ from tunefleet.errors import BrokenOff, Refused, RunFailed
 
 if TYPE_CHECKING:
     from tunefleet.recipe.sections import Recipe
+    from tunefleet.search.tuner import SearchOutcome
 
 app = typer.Typer(
     name="tunefleet",
@@ -147,17 +148,39 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
 @app.command()
 def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
     """Search: many trials of a recipe with a `tune:` block. The same command goes on with one that was interrupted."""
-    from tunefleet.recipe.tune import read_search
+    written = [*(overrides or []), *([] if address is None else [f"ray_address={address}"])]
+    with ExitStack() as stack:
+        server = None
+        if _wants_warm_hosts(recipe, written):
+            from tunefleet.search.warm.forks import fork_server
 
-    search = read_search(recipe, [*(overrides or []), *([] if address is None else [f"ray_address={address}"])])
+            server = stack.enter_context(fork_server())  # imports beside this process
+        from tunefleet.recipe.tune import read_search
+
+        search = read_search(recipe, written)
+        from tunefleet.search.live import open_search_display
+        from tunefleet.search.tuner import tune as run
+
+        display = open_search_display(_errors if as_json else _console, search.tune.metrics[0])
+        outcome = run(search, display, Path.cwd(), server)
+    _tell_of_search(outcome, as_json)
+    sys.exit(outcome.exit_code)
+
+
+def _wants_warm_hosts(path: Path, overrides: list[str]) -> bool:
+    """Whether a search asks for them; what else its recipe says is read later, with imports that take seconds."""
+    from tunefleet.recipe.yaml_text import read_mapping, read_overrides, read_text
+
+    block, laid = read_mapping(read_text(path), str(path))[0].get("tune"), read_overrides(overrides)[0]
+    own = block.get("trial_host") if isinstance(block, dict) else None
+    return laid.get("tune.trial_host", own) == "warm"
+
+
+def _tell_of_search(outcome: SearchOutcome, as_json: bool) -> None:
     from tunefleet.search.ending import result_table, tournament_table, winning
-    from tunefleet.search.live import open_search_display
     from tunefleet.search.tournament import as_json as standings_as_json
     from tunefleet.search.tournament import standings
-    from tunefleet.search.tuner import tune as run
 
-    display = open_search_display(_errors if as_json else _console, search.tune.metrics[0])
-    outcome = run(search, display, Path.cwd())
     if as_json:
         best = [asdict(trial) for trial in winning(outcome.book, outcome.tune)]
         counts = {"trials": len(outcome.book.trials), "ended": sum(trial.ended for trial in outcome.book.trials)}
@@ -173,7 +196,6 @@ def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
         if outcome.tune.tournament:
             _console.print(tournament_table(standings(outcome.book, outcome.tune), outcome.tune))
         _print_plain(_console, str(outcome.output_dir), "bold")
-    sys.exit(outcome.exit_code)
 
 
 @app.command()

@@ -32,6 +32,10 @@ _ATTENTION = {"auto": None, "sdpa": "sdpa", "disabled": "eager", "fa2": "flash_a
 """`auto` leaves the choice to transformers: some architectures (Gemma 2) have no sdpa of their own."""
 
 
+_kept: dict[ModelSettings, tuple[PreTrainedTokenizerBase, PreTrainedModel]] = {}
+"""What `keep` has loaded. A process takes it out, as what it does with a model changes that."""
+
+
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside whatever wraps it (PEFT), adapters included."""
     base = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
@@ -45,11 +49,25 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     Raises:
         Refused: there is none, or its code may not run.
     """
+    if settings in _kept:
+        return _kept[settings][0]
     return _from(
         settings,
         "tokenizer",
         lambda name: AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code),
     )
+
+
+def keep(settings: ModelSettings) -> None:
+    """Load model and tokenizer now, for the calls of `load_model` and `load_tokenizer` in forks of this process.
+
+    Weights are memory-mapped, so all processes of a machine share them, and a fork copies only the pages that it
+    changes.
+
+    Raises:
+        Refused: as `load_model`.
+    """
+    _kept[settings] = load_tokenizer(settings), load_model(settings)
 
 
 def check_weights(settings: ModelSettings) -> None:
@@ -86,6 +104,8 @@ def load_model(
     Raises:
         Refused: it is missing or damaged, no causal language model, or its code may not run.
     """
+    if dtype is None and settings in _kept:
+        return nn.Module.to(_kept.pop(settings)[1], device)
     model = _from(
         settings,
         "model",

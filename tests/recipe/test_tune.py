@@ -47,7 +47,7 @@ def test_a_budget_is_in_hours() -> None:
         ({"tournament": True, "scheduler": "hyperband"}, "tune.tournament: judges trials within their method"),
         ({"finalist_seeds": 2}, "tune.finalist_seeds: is for tournament: true; write that, or remove it"),
         ({"scheduler": "pbt"}, "tune.scheduler: pbt is not built yet; write scheduler: asha"),
-        ({"trial_host": "warm"}, "tune.trial_host: every trial starts workers of its own"),
+        ({"trial_host": "hot"}, "tune.trial_host: 'hot' is not cold or warm"),
         ({"num_sample": 3}, "tune.num_sample: is no key of a search; did you mean tune.num_samples?"),
         ({"search": "optina"}, "tune.search: 'optina' is not grid, random, optuna, hyperopt or bohb"),
         ({"num_samples": 0}, "tune.num_samples: 0 must be at least 1"),

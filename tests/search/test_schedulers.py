@@ -13,7 +13,8 @@ from tests.search.test_book import trial
 
 from tunefleet.recipe.tune import TuneSettings, search_from
 from tunefleet.search.book import Book
-from tunefleet.search.schedulers import Clock, remember, rung, scheduler
+from tunefleet.search.driven import rung
+from tunefleet.search.schedulers import Clock, remember, scheduler
 from tunefleet.storage import place
 
 CLOCK = Clock(updates=90, interval=10, grace=10)

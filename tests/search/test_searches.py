@@ -210,11 +210,12 @@ RANKS = [{**LORA, "lora_rank": {"choice": [4, 8]}}]
 
 
 OWN_RAY: dict[str, Any] = {"ray_address": None, "ray_init_kwargs": {"num_cpus": 2}}
+WARM: dict[str, Any] = {"ray_num_workers": 1, "tune": {"max_concurrent_trials": 1, "trial_host": "warm"}}
 
 
 def killed_in_second_trial(world: World, sent: signal.Signals, **more: Any) -> tuple[list[str], int, str]:
     """A search whose driver gets a signal while its second trial trains; its first trial is over."""
-    words = command(world, "search", RANKS, **LONG, **more)
+    words = command(world, "search", RANKS, **{**LONG, **more})
     driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
     second = ""
 
@@ -239,8 +240,8 @@ def killed_in_second_trial(world: World, sent: signal.Signals, **more: Any) -> t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "where"),
-    [(signal.SIGKILL, OWN_RAY), (signal.SIGINT, {}), (signal.SIGKILL, {})],
-    ids=["killed with its Ray", "interrupted on a cluster", "killed on a cluster"],
+    [(signal.SIGKILL, OWN_RAY), (signal.SIGINT, {}), (signal.SIGKILL, {}), (signal.SIGKILL, OWN_RAY | WARM)],
+    ids=["killed with its Ray", "interrupted on a cluster", "killed on a cluster", "killed with its Ray and warm host"],
 )
 def test_the_same_command_goes_on_and_repeats_nothing(
     world: World, sent: signal.Signals, where: dict[str, Any]

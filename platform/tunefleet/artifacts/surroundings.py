@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ STACK = (
 )
 
 
+@cache
 def versions() -> dict[str, str | None]:
     """Python and the stack; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -12,13 +12,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.result import Result
 
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.errors import Refused, RunFailed
 from tunefleet.launch.placement import run_config, scaling
+from tunefleet.launch.verdict import ending_of, summary_of
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
-from tunefleet.worker.failures import failures, last_failure
 from tunefleet.worker.job import JobConfig
-from tunefleet.worker.run import run_worker
+from tunefleet.worker.under_ray import run_under_ray
 
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _ELASTIC_START_SECONDS = "20"
@@ -33,7 +32,7 @@ def start_fit(plan: Plan, storage: Place, config: JobConfig) -> Fit:
 
 
 def _trainer(plan: Plan, storage: Place, config: JobConfig) -> TorchTrainer:
-    function: Any = run_worker  # Ray's types know no function that returns something
+    function: Any = run_under_ray  # Ray's types know no function that returns something
     return TorchTrainer(
         function,
         train_loop_config=dict(config),
@@ -76,25 +75,16 @@ class Fit(threading.Thread):
 
     def ending(self) -> dict[str, Any] | None:
         """What rank 0 returned; None where it failed."""
-        returned: Any = None if self._result is None else self._result.return_value
-        return returned if isinstance(returned, dict) and "failed" not in returned else None
+        return ending_of(self._returned)
 
     def summary(self, folder: RunFolder, mark: str) -> dict[str, Any]:
         """What rank 0 returned.
 
         Raises:
-            Refused: the workers found that the recipe cannot run.
-            RunFailed: anything else went wrong.
+            Refused, RunFailed: as `summary_of`.
         """
-        ending = self.ending()
-        if ending is not None:
-            return ending
-        failure = last_failure(failures(folder.record, mark))
-        if failure is not None and failure.refused:
-            raise Refused(failure.message)
-        returned: Any = None if self._result is None else self._result.return_value
-        if isinstance(returned, dict) and returned.get("why"):
-            raise RunFailed(str(returned["why"]))
-        if failure is not None:
-            raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from self._error
-        raise RunFailed(f"The run failed before its first step: {self._error}") from self._error
+        return summary_of(self._returned, self._error, folder, mark)
+
+    @property
+    def _returned(self) -> Any:
+        return None if self._result is None else self._result.return_value

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from ray.train import FailureConfig, RunConfig, UserCallback
 from ray.train.v2.api.config import ScalingConfig
+from ray.tune import PlacementGroupFactory
 
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
@@ -30,6 +31,15 @@ def scaling(plan: Plan) -> ScalingConfig:
         resources_per_worker=dict(workers.resources),
         placement_strategy=workers.placement_strategy,
     )
+
+
+def host_group(plan: Plan) -> PlacementGroupFactory:
+    """The same bundles for a host of trials, which takes the first of them whole.
+
+    Ray Tune's own reading of a `ScalingConfig` leaves the bundle to workers that are placed in it later.
+    """
+    request = scaling(plan).as_placement_group_factory()
+    return PlacementGroupFactory(request.bundles, strategy=request.strategy)
 
 
 class TellsOfLoss(UserCallback):

@@ -20,7 +20,6 @@ Mode = Literal["min", "max"]
 
 LATER: Mapping[str, str] = {
     "memory_limit": "there is no estimate of a trial's memory yet; remove it",
-    "trial_host": "every trial starts workers of its own; remove it",
 }
 """Keys that a search will have, each with the sentence that refuses it until then."""
 
@@ -105,6 +104,11 @@ class TuneSettings(Settings):
     )
     finalist_seeds: int = Field(3, ge=1, description="Under how many other seeds a tournament repeats its finalists.")
     trial_retries: int = Field(1, ge=0, description="How often a trial that fails is begun again, from its checkpoint.")
+    trial_host: Literal["cold", "warm"] = Field(
+        "cold",
+        description="`cold`: each trial starts workers of its own. `warm`: trials of one worker without sharding are "
+        "forks of a process that has imported everything and holds the base model; other trials stay cold.",
+    )
     search_seed: int | None = Field(None, ge=0, lt=2**32, description="Seeds the choice of points; unset: `seed`.")
     space: Annotated[JsonValue, WithJsonSchema(_SPACE)] = Field(
         description="One branch (a mapping), several (a list of mappings), or auto: each method's own."

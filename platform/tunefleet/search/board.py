@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -41,4 +39,6 @@ class Board:
 
 def open_board() -> Any:  # a Ray actor handle, which Ray does not type
     """Put up a board on the cluster that this process is connected to."""
+    import ray  # drivers in forks take `Progress` from here, and live without it
+
     return ray.remote(num_cpus=0)(Board).remote()

@@ -62,7 +62,9 @@ def open_search_display(console: Console, metric: str) -> SearchDisplay:
 
 def plan_table(plans: Sequence[BranchPlan]) -> Table:
     """One line a branch: what is fixed, what is searched, on how many workers."""
-    table = Table("branch", "fixed", "searched", "workers", "global batch", title="the space", title_justify="left")
+    hosted = any(one.host for one in plans)
+    columns = ("branch", "fixed", "searched", "workers", "global batch", *(("host",) if hosted else ()))
+    table = Table(*columns, title="the space", title_justify="left")
     for one in plans:
         branch, batch = one.branch, one.plan.batch
         fixed = "\n".join(f"{key}: {word(value)}" for key, value in branch.fixed.items())
@@ -74,6 +76,7 @@ def plan_table(plans: Sequence[BranchPlan]) -> Table:
             Text(searched or "nothing"),
             Text(f"{counts} ({one.why})" if one.why else counts),
             f"{batch.global_batch_samples} samples",
+            *((one.host,) if hosted else ()),
         )
     return table
 

@@ -37,6 +37,7 @@ class PointSearcher(Searcher):
         repeats: Callable[[], Sequence[tuple[Trial, Point]]] | None = None,
         most_at_once: int | None,
         seed: int,
+        config: Callable[[Plan], dict[str, Any]] | None = None,
     ) -> None:
         """Begin, or go on from what the book says.
 
@@ -46,6 +47,7 @@ class PointSearcher(Searcher):
             repeats: what shall run again under another seed, with the trial that it repeats; asked when no point is
                 left to sample, and once more whenever a trial has ended. None = nothing.
             most_at_once: trials at once; None = as many as the cluster holds.
+            config: what Tune is told of a trial beside its name; None = nothing.
         """
         super().__init__(metric=None, mode=None)
         self.closed = False
@@ -56,7 +58,7 @@ class PointSearcher(Searcher):
         """Why proposals were not run, with how many of them."""
         self._space, self._pools, self._book, self._cluster = space, pools, book, cluster
         self._draft, self._place, self._repeats = draft, place, repeats
-        self._most, self._seed = most_at_once, seed
+        self._most, self._seed, self._config = most_at_once, seed, config
         self._asked = 0
         self._identifiers: dict[str, str] = {}
         self._told: set[str] = set()
@@ -90,7 +92,7 @@ class PointSearcher(Searcher):
             return None
         self._next = None
         self._sizes[trial_id], self._names[trial_id] = size, trial.name
-        return {"trial": trial.name}
+        return {"trial": trial.name, **({} if self._config is None else self._config(plan))}
 
     def _awaited(self) -> bool:
         """Whether the end of those under way may call for repeats."""

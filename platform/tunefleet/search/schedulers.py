@@ -22,9 +22,8 @@ from ray.tune.schedulers import (
 from tunefleet.plan import Plan
 from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import Book, Trial
+from tunefleet.search.driven import RUNG, rung
 
-RUNG = "rung"
-"""Evaluations that a trial has behind it; HyperBand's unit, which has no use for steps between them."""
 NEVER: Any = float("inf")  # Ray declares a whole number, which would not be long enough before the first pause
 
 
@@ -38,11 +37,6 @@ class Clock:
     """Steps from one report to the next."""
     grace: int
     """Steps that every trial gets."""
-
-
-def rung(step: int, interval: int) -> int:
-    """How many intervals a step has behind it."""
-    return max(1, round(step / interval))
 
 
 def clock(tune: TuneSettings, plan: Plan) -> Clock:

@@ -12,10 +12,11 @@ from tunefleet.launch.draft import Stages, draft
 from tunefleet.plan import Plan
 from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import RUNS, Trial
+from tunefleet.search.driven import plan_place
+from tunefleet.search.hosts import host_of
 from tunefleet.search.sizing import Size, shared_batch, trial_keys, trial_recipe
 from tunefleet.search.space import WISH, Branch, Point, Space
 from tunefleet.search.tournament import reseeded
-from tunefleet.search.trial import plan_place
 from tunefleet.shapes import ClusterShape
 from tunefleet.storage import Place
 from tunefleet_strategies.contract import StrategyError
@@ -35,6 +36,8 @@ class BranchPlan:
     """Why they are fewer than wished."""
     plan: Plan
     """Of one of its points."""
+    host: str | None = None
+    """`warm`, or why it is cold, where the search asks for warm trials."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class Workshop:
                 refusal = refusal or error
         if made is None:
             raise Refused(f"tune.space, {branch.name}: can never run here: {refusal}")
-        return BranchPlan(branch, tuple(sorted(counts)), why, made)
+        host = None if self.tune.trial_host == "cold" else host_of(made, tuple(counts))
+        return BranchPlan(branch, tuple(sorted(counts)), why, made, host)
 
 
 def smallest(plans: list[BranchPlan]) -> Size:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from tunefleet.recipe.sections import RaySettings, Recipe, RunSettings
 from tunefleet.recipe.tune import SearchRecipe, TuneSettings
 from tunefleet.search.board import open_board
 from tunefleet.search.book import PLANS, RUNS, Book, State
+from tunefleet.search.driven import ENDED, ERROR, FIGURES, sentence
 from tunefleet.search.ending import leave
+from tunefleet.search.hosts import forks_here, host_keys, hosts_of
 from tunefleet.search.live import SearchDisplay
 from tunefleet.search.opening import open_space
 from tunefleet.search.points import PointSearcher
@@ -43,8 +46,10 @@ from tunefleet.search.searchers import pools, refuse_missing
 from tunefleet.search.sizing import most_at_once
 from tunefleet.search.space import WISH
 from tunefleet.search.tournament import planned_trials, repeats_due, samples
-from tunefleet.search.trial import ENDED, ERROR, FIGURES, RunTrial, sentence
+from tunefleet.search.trial import RunTrial
 from tunefleet.search.trials import BranchPlan, Workshop, smallest
+from tunefleet.search.warm.forks import ForkServer, fork_server
+from tunefleet.search.warm.host import Hosts, HostTrial, place_of
 from tunefleet.shapes import TRIAL_DRIVER
 from tunefleet.storage import Place, place
 from tunefleet.worker.failures import failures, last_failure
@@ -60,6 +65,7 @@ _SWITCHES = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # a search goes on from its book
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+_WARM_SWITCHES = {"TUNE_MAX_PENDING_TRIALS_PG": "16"}  # else hosts would start one after the other
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,12 @@ class SearchOutcome:
     """0 finished, 130 or 143 stopped by a signal."""
 
 
-def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutcome:
+def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkServer | None = None) -> SearchOutcome:
     """Run a search to its end, or until a signal stops it; go on with one that was interrupted.
 
     Args:
         root: the folder that relative paths of the recipe start from.
+        server: what warm trials on this machine are forks of; None = one is started where the search has a use for it.
 
     Raises:
         Refused: the search cannot run; nothing was started.
@@ -100,8 +107,13 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
             stack.enter_context(search_session(common.ray))
         cluster = joined_shape() if joins else local_shape(common.ray)
         shop = Workshop(space, search.tune, search.keys, cluster, root, folder)
+        warm = search.tune.trial_host == "warm"
+        forks = warm and forks_here(common.ray, joins)
+        if forks and server is None:
+            server = stack.enter_context(fork_server())
         with display.preparing() as stages:
             plans = shop.survey(stages)
+        hosts = hosts_of(plans, server if forks else None) if warm else None
         check_weights(common.model)
         refuse_unusable(place(common.ray.ray_storage_path, base=root), "ray_storage_path")
         refuse_foreign_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
@@ -116,7 +128,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path) -> SearchOutc
         wish = stack.enter_context(stop_wishes())
         stack.enter_context(display)
         try:
-            ending = _Search(shop, plans, book, common, display, wish).run()
+            ending = _Search(shop, plans, book, common, display, wish, hosts).run()
         except KeyboardInterrupt as error:
             raise BrokenOff("Broken off: the same command goes on from the trials' newest checkpoints.") from error
         except RayError as error:
@@ -181,7 +193,9 @@ def _more(settings: TuneSettings, branches: int, seed: int, book: Book) -> bool:
     return (most is not None and most > len(book.sampled)) or bool(repeats_due(book, settings, seed))
 
 
-_MAY_CHANGE = frozenset({"num_samples", "max_concurrent_trials", "budget", "trial_retries", "finalist_seeds"})
+_MAY_CHANGE = frozenset(
+    {"num_samples", "max_concurrent_trials", "budget", "trial_retries", "finalist_seeds", "trial_host"}
+)
 
 
 def _identity(search: SearchRecipe) -> dict[str, JsonValue]:
@@ -211,9 +225,15 @@ class _Search:
         common: Recipe,
         display: SearchDisplay,
         wish: StopWish,
+        hosts: Hosts | None,
     ) -> None:
+        """
+        Args:
+            hosts: what hosts of warm trials start with; None where all are cold.
+        """
         self._shop, self._book, self._display, self._wish = shop, book, display, wish
         settings = shop.tune
+        self._hosts = hosts
         seed = common.training.seed if settings.search_seed is None else settings.search_seed
         self._clock = clock(settings, plans[0].plan)
         self._searcher = PointSearcher(
@@ -226,6 +246,7 @@ class _Search:
             repeats=(lambda: repeats_due(book, settings, common.training.seed)) if settings.tournament else None,
             most_at_once=None if settings.max_concurrent_trials == "auto" else settings.max_concurrent_trials,
             seed=seed,
+            config=None if self._hosts is None else host_keys,
         )
         self._board = open_board()
         self._scribe = Scribe(book, self._searcher, shop.search, self._clock)
@@ -267,28 +288,23 @@ class _Search:
             self._error = error
 
     def _tuner(self) -> ray_tune.Tuner:
-        for name, value in _SWITCHES.items():
+        switches = _SWITCHES if self._hosts is None else _SWITCHES | _WARM_SWITCHES
+        for name, value in switches.items():
             os.environ.setdefault(name, value)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         settings, search = self._shop.tune, self._shop.search
         made = scheduler(settings, self._clock, self._book)
         remember(made, settings, (trial for trial in self._book.trials if trial.ended))
         search.child(_RAY_FILES).delete()
-        trainable: Any = ray_tune.with_parameters(
-            RunTrial,
-            search=search.uri,
-            board=self._board,
-            evaluates=settings.metrics[0].startswith("eval_"),
-            interval=self._clock.interval,
-        )
         return ray_tune.Tuner(
-            ray_tune.with_resources(trainable, driver_seat(settings, self._most)),
+            self._trainable(),
             tune_config=ray_tune.TuneConfig(
                 search_alg=self._searcher,
                 scheduler=made,
                 num_samples=-1,
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
+                reuse_actors=self._hosts is not None,
             ),
             run_config=ray_tune.RunConfig(
                 name="tune",
@@ -299,6 +315,21 @@ class _Search:
                 verbose=0,
             ),
         )
+
+    def _trainable(self) -> Any:  # a class that Ray makes of ours
+        """What is started for each trial, and where."""
+        settings = self._shop.tune
+        seat = driver_seat(settings, self._most)
+        shared: dict[str, Any] = {
+            "search": self._shop.search.uri,
+            "board": self._board,
+            "evaluates": settings.metrics[0].startswith("eval_"),
+            "interval": self._clock.interval,
+        }
+        if self._hosts is None:
+            return ray_tune.with_resources(ray_tune.with_parameters(RunTrial, **shared), seat)
+        host = ray_tune.with_parameters(HostTrial, **shared, hosts=self._hosts)
+        return ray_tune.with_resources(host, partial(place_of, driver=seat))
 
 
 def _name(trial: RayTrial) -> str:

@@ -112,6 +112,8 @@ def build(plan: Plan, seat: Seat, data: OpenedData, start: Start) -> Trainee:
     """
     recipe = plan.recipe
     mounted = mount(plan, seat, seat.together(start.initial))
+    if start.shared is not None:
+        start.shared.leave(mounted.state.initial)
     precision = mounted.precision
     engine, model, state = mounted.engine, mounted.engine.model, mounted.state
     layout = choose_layout(model, precision, plain_attention=recipe.model.flash_attn == "disabled")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
 from ray.util.metrics import Counter, Gauge
 
-from tunefleet.training.loop import Step
+if TYPE_CHECKING:  # a warm trial's host shows figures, and does not load what trains
+    from tunefleet.training.loop import Step
 
 TAGS = ("run", "rank", "node")
 
@@ -27,7 +31,41 @@ _LEADER_GAUGES = {
 
 
 class Gauges:
-    """One worker's end."""
+    """One worker's figures, as they come."""
+
+    def __init__(self, show: Callable[[Mapping[str, float]], None]) -> None:
+        """
+        Args:
+            show: takes figures by their names, `tokens` as those since the last time.
+        """
+        self._show = show
+
+    def stepped(self, step: Step) -> None:
+        """Show an update."""
+        pace = step.pace
+        figures = {
+            "step": step.step,
+            "step_seconds": step.seconds,
+            "data_wait_seconds": pace.data_wait_seconds,
+            "tokens_per_second": pace.tokens / step.seconds,
+            "tokens": pace.tokens,
+            "loss": step.loss,
+            "grad_norm": step.grad_norm,
+            "learning_rate": step.learning_rate,
+        }
+        self._show(figures if pace.compute_seconds is None else figures | {"compute_seconds": pace.compute_seconds})
+
+    def peak_memory(self, memory_bytes: float) -> None:
+        """Show the peak of this worker's memory."""
+        self._show({"memory_peak_bytes": memory_bytes})
+
+    def evaluated(self, loss: float) -> None:
+        """Show an evaluation."""
+        self._show({"eval_loss": loss})
+
+
+class RayMetrics:
+    """Where figures go under Ray: this process's metrics."""
 
     def __init__(self, run: str, rank: int, node: str) -> None:
         tags = dict(zip(TAGS, (run, str(rank), node), strict=True))
@@ -37,29 +75,10 @@ class Gauges:
         for metric in (*self._gauges.values(), self._tokens):
             metric.set_default_tags(tags)
 
-    def stepped(self, step: Step) -> None:
-        """Show an update."""
-        self._show("step", step.step)
-        self._show("step_seconds", step.seconds)
-        self._show("data_wait_seconds", step.pace.data_wait_seconds)
-        self._show("tokens_per_second", step.pace.tokens / step.seconds)
-        if step.pace.compute_seconds is not None:
-            self._show("compute_seconds", step.pace.compute_seconds)
-        if step.pace.tokens:
-            self._tokens.inc(step.pace.tokens)
-        self._show("loss", step.loss)
-        self._show("grad_norm", step.grad_norm)
-        self._show("learning_rate", step.learning_rate)
-
-    def peak_memory(self, memory_bytes: float) -> None:
-        """Show the peak of this worker's memory."""
-        self._show("memory_peak_bytes", memory_bytes)
-
-    def evaluated(self, loss: float) -> None:
-        """Show an evaluation."""
-        self._show("eval_loss", loss)
-
-    def _show(self, name: str, value: float) -> None:
-        """Set a gauge, if this worker has it."""
-        if name in self._gauges:
-            self._gauges[name].set(value)
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Show the figures that this worker has a metric for."""
+        for name, value in figures.items():
+            if name == "tokens" and value:
+                self._tokens.inc(value)
+            elif name in self._gauges:
+                self._gauges[name].set(value)

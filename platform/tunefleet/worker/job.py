@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 from tunefleet.artifacts.folder import RunFolder
@@ -33,6 +34,8 @@ class Job:
     folder: RunFolder
     command: str
     mark: str
+    shared: Path | None = None
+    """A folder of this node where warm trials leave for each other what they begin from (`shared.py`)."""
 
 
 def read_job(config: JobConfig) -> Job:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,15 @@ from tunefleet.storage import Place
 from tunefleet.training.loop import Step
 from tunefleet.worker.build import OpenedData, Trainee
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped, Worker
-from tunefleet.worker.gauges import Gauges
 from tunefleet.worker.job import Job
 from tunefleet.worker.pacing import Figures, Pacing, columns
 from tunefleet.worker.seat import Seat
 from tunefleet.worker.start import Start
 from tunefleet.worker.stragglers import StragglerWatch
 from tunefleet.worker.tracking import trackers
+
+if TYPE_CHECKING:
+    from tunefleet.worker.gauges import Gauges
 
 
 class Line(Protocol):

@@ -1,48 +1,66 @@
-"""What runs inside a Ray Train worker, from taking a seat to the finished model: the table of contents of a run."""
+"""What a worker does, from taking a seat to the finished model: the table of contents of a run."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunefleet.artifacts.claim import Claim
 from tunefleet.errors import RunFailed, Superseded
+from tunefleet.plan import Plan
 from tunefleet.worker.build import Trainee, build, open_data
 from tunefleet.worker.events import Arrived
 from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, record_failure
 from tunefleet.worker.finish import finish
-from tunefleet.worker.gauges import Gauges
-from tunefleet.worker.job import Job, JobConfig, read_job
+from tunefleet.worker.job import Job
 from tunefleet.worker.leaving import Leaving, Messages, Watch
-from tunefleet.worker.mailbox import Sender
-from tunefleet.worker.pacing import node_name
-from tunefleet.worker.reporter import Reporter
+from tunefleet.worker.reporter import Line, Reporter
 from tunefleet.worker.saving import Saver
-from tunefleet.worker.seat import Seat, check_seat, take_seat
+from tunefleet.worker.seat import Seat, check_seat
 from tunefleet.worker.start import found_start
-from tunefleet.worker.termination import listen
+
+if TYPE_CHECKING:
+    from tunefleet.worker.gauges import Gauges
 
 Ending = dict[str, Any]
 """How an attempt ended: `stopped`, `moved` with the reason, `failed`; on rank 0 with the numbers of the run."""
 
 
-def run_worker(config: JobConfig) -> Ending:
-    """Make one attempt at a run, on one rank. Ray Train starts the next attempt if this one raises."""
-    job = read_job(config)
-    seat = take_seat(job.plan)
-    sender = Sender(config["mailbox"], active=seat.leads)
-    sender.send(Arrived())
+class Surroundings(Protocol):
+    """What a worker finds around it: Ray Train (`under_ray.py`), or the host of a warm trial (`search/warm/`)."""
+
+    def take_seat(self, plan: Plan) -> Seat:
+        """This process's place among the workers; the process is made ready to train. Collective."""
+
+    def post(self, seat: Seat) -> Post:
+        """The line between this worker and the driver."""
+
+    def gauges(self, job: Job, seat: Seat) -> Gauges | None:
+        """This worker's Ray metrics; None where somebody else shows them."""
+
+    def listen(self) -> None:
+        """Note SIGTERM from now on, so that the run can save and go on elsewhere."""
+
+
+class Post(Line, Messages, Protocol):
+    """Both ways of a worker's line: what it tells, and what reaches it."""
+
+
+def run_worker(job: Job, around: Surroundings) -> Ending:
+    """Make one attempt at a run, on one rank. Whoever started it starts the next attempt if this one raises."""
+    seat = around.take_seat(job.plan)
+    post = around.post(seat)
+    post.send(Arrived())
     try:
         past = seat.from_leader(lambda: failures(job.folder.record, job.mark))
     except RunFailed as error:  # the storage, which no note can be left in either
         return {"failed": True, "why": str(error)}
     if hopeless(past):
         return {"failed": True}
-    gauges = Gauges(job.plan.place.run_name, seat.rank, node_name())
-    reporter = Reporter(job, seat, sender, gauges)
+    reporter = Reporter(job, seat, post, around.gauges(job, seat))
     try:
         if job.plan.resumable:
-            listen()
-        return attempt(job, seat, reporter, sender)
+            around.listen()
+        return attempt(job, seat, reporter, post)
     except Superseded as error:  # the record is another command's now
         return {"failed": True, "why": str(error)}
     except Exception as error:

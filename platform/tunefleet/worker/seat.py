@@ -9,8 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 
@@ -123,25 +121,14 @@ def _echo(error: Exception) -> type[Exception]:
     return next(known, PeerFailed)
 
 
-def take_seat(plan: Plan) -> Seat:
-    """Prepare this process: folder, threads, deterministic kernels."""
-    context = ray.train.get_context()
-    node_id = ray.get_runtime_context().get_node_id()
-    alone = Seat(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), node_id=node_id)
-    node_ids = alone.from_all(lambda: node_id)
-    seat = among_nodes(alone, node_ids)
-    os.environ |= {
-        "LOCAL_RANK": str(seat.local_rank),
-        "LOCAL_WORLD_SIZE": str(node_ids.count(node_id)),
-        "NODE_RANK": str(seat.node),
-    }
+def prepare(plan: Plan) -> None:
+    """Make this process one that trains: folder, threads, deterministic kernels."""
     root = Path(plan.place.root)
     if root.is_dir():  # on another node the shipped working directory stands in for it
         os.chdir(root)
     pin(plan.workers.threads)
     if plan.recipe.training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = plan.recipe.training.tf32
-    return seat
 
 
 def among_nodes(seat: Seat, node_ids: Sequence[str]) -> Seat:

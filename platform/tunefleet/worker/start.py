@@ -16,6 +16,7 @@ from tunefleet.storage import Place, place
 from tunefleet.training.checkpoint import load_initial
 from tunefleet.worker.job import Job
 from tunefleet.worker.seat import Seat
+from tunefleet.worker.shared import SharedStart
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,14 @@ class Start:
     is_own: bool = True
     """Whether this very run wrote it, so that the record up to it stands."""
     notices: tuple[str, ...] = ()
+    shared: SharedStart | None = None
+    """What trials begin from alike, where the run begins and is one of them."""
 
     def initial(self) -> dict[str, Tensor] | None:
         """What the strategy kept of the run's first moment; None where that is now."""
-        return None if self.folder is None else load_initial(self.folder)
+        if self.folder is not None:
+            return load_initial(self.folder)
+        return None if self.shared is None else self.shared.read()
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def found_start(job: Job, seat: Seat) -> Iterator[Start]:
     """
     found = seat.from_leader(lambda: _find(job))
     if found.name is None:
-        yield Start(notices=found.notices)
+        shared = None if job.shared is None else SharedStart(job.shared, job.plan)
+        yield Start(notices=found.notices, shared=shared)
         return
     checkpoint = job.folder.checkpoints.child(found.name) if found.is_own else place(found.name)
     if checkpoint.local_path is not None:

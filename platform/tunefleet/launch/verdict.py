@@ -1,0 +1,39 @@
+"""What a run came to, from what rank 0 returned or what its last attempt died of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunefleet.artifacts.folder import RunFolder
+from tunefleet.errors import Refused, RunFailed
+from tunefleet.worker.failures import failures, last_failure
+
+
+def ending_of(returned: object) -> dict[str, Any] | None:
+    """What rank 0 returned; None where it failed."""
+    return returned if isinstance(returned, dict) and "failed" not in returned else None
+
+
+def summary_of(returned: object, error: Exception | None, folder: RunFolder, mark: str) -> dict[str, Any]:
+    """The numbers of the run.
+
+    Args:
+        returned: by rank 0, if it did.
+        error: that ended the last attempt.
+        mark: of the command.
+
+    Raises:
+        Refused: the workers found that the recipe cannot run.
+        RunFailed: anything else went wrong.
+    """
+    ending = ending_of(returned)
+    if ending is not None:
+        return ending
+    failure = last_failure(failures(folder.record, mark))
+    if failure is not None and failure.refused:
+        raise Refused(failure.message)
+    if isinstance(returned, dict) and returned.get("why"):
+        raise RunFailed(str(returned["why"]))
+    if failure is not None:
+        raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from error
+    raise RunFailed(f"The run failed before its first step: {error}") from error
