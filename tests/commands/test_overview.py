@@ -125,3 +125,20 @@ def test_a_file_is_no_storage_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be listed"):
         overviews(place(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("attempts.jsonl", "5"), ("attempts.jsonl", '{"x": 1}'), ("attempts.jsonl", "{")),
+        *(("metrics.jsonl", '{"step": "a"}'), ("metrics.jsonl", '{"step": 1, "loss": "x"}'), ("plan.json", "[]")),
+    ],
+)
+def test_a_damaged_record_does_not_hide_the_other_runs(tmp_path: Path, name: str, text: str) -> None:
+    for run in ("damaged", "whole"):
+        (tmp_path / run / "record").mkdir(parents=True)
+    (tmp_path / "damaged" / "record" / name).write_text(text + "\n")
+    damaged, whole = overviews(place(tmp_path))
+    assert (damaged.state, whole.state) == ("unreadable", "planned")
+    assert damaged.why is not None
+    assert damaged.why.startswith("its record is damaged")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
@@ -77,19 +76,25 @@ def overviews(storage: Place, now: datetime | None = None) -> list[Overview]:
         if child.child(BOOK).exists():
             found.append(_of_search(child, now or datetime.now(UTC)))
         elif RunFolder(child).record.exists():
-            found.append(_of_run(RunFolder(child), now or datetime.now(UTC)))
+            found.append(_of_any_run(RunFolder(child), now or datetime.now(UTC)))
     return found
+
+
+def _of_any_run(folder: RunFolder, now: datetime) -> Overview:
+    """A run whose record may be damaged in any way, which must not hide the others."""
+    try:
+        return _of_run(folder, now)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        why = f"its record is damaged ({type(error).__name__}: {reason(error)})"
+        return Overview(folder.root.name, folder.root.uri, "run", "unreadable", why=why)
 
 
 def _of_run(folder: RunFolder, now: datetime) -> Overview:
     root, record = folder.root, folder.record
-    try:
-        attempts = [json.loads(line) for line in _text(record.child(ATTEMPTS)).splitlines()]
-        lines = metrics_of(_text(record.child(METRICS)).encode())
-        plan_text = _text(record.child(PLAN))
-        plan = Plan.model_validate_json(plan_text) if plan_text else None
-    except (ValueError, ValidationError) as error:
-        return Overview(root.name, root.uri, "run", "unreadable", why=str(error).splitlines()[0])
+    attempts = [json.loads(line) for line in _text(record.child(ATTEMPTS)).splitlines()]
+    lines = metrics_of(_text(record.child(METRICS)).encode())
+    plan_text = _text(record.child(PLAN))
+    plan = Plan.model_validate_json(plan_text) if plan_text else None
     last_word = max(
         (time for time in (record.child(name).changed() for name in (METRICS, ATTEMPTS, PLAN)) if time is not None),
         default=None,
@@ -116,10 +121,10 @@ def _state(folder: RunFolder, attempts: Sequence[dict[str, Any]], silent: bool) 
         return "finished", None
     if not attempts:
         return "planned", None
-    reason = str(attempts[-1]["reason"])
-    if reason.startswith("failed"):
-        return "failed", reason.partition(": ")[2] or None
-    if reason == "running":
+    ending = str(attempts[-1]["reason"])
+    if ending.startswith("failed"):
+        return "failed", ending.partition(": ")[2] or None
+    if ending == "running":
         return ("silent", None) if silent else ("running", None)
     return "stopped", None
 
