@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +274,10 @@ class DriverKiller:
         if self.killed or not any(trial.reports for trial in book.trials):
             return
         for process in psutil.Process().children(recursive=True):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RunTrial"):
-                process.kill()
-                self.killed += 1
+            with suppress(psutil.NoSuchProcess):  # one of Ray's short ones
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RunTrial"):
+                    process.kill()
+                    self.killed += 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -223,8 +224,10 @@ def follow(
     """
     try:
         _await_start(client, job, pending_seconds, address)
-        asyncio.run(_tail(client, job, show))
-        return exit_code(_ended(client, job))
+        tail = _Tail(client, job, show)
+        while (info := client.get_job_info(job)).status in _UNDER_WAY or not tail.whole:
+            tail.follow()  # it breaks off where a connection does
+        return exit_code(info)
     except (requests.exceptions.RequestException, ConnectionError) as error:
         raise RunFailed(
             f"The job server is gone ({_first_line(error)}); the job {job} may go on: look again with `tunefleet jobs "
@@ -266,20 +269,49 @@ def _amounts(amounts: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
 
 
-async def _tail(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> None:
-    rest = ""
-    async for piece in client.tail_job_logs(job):
-        *lines, rest = (rest + piece).split("\n")
-        for line in lines:
-            show(line)
-    if rest:
-        show(rest)
+class _Tail:
+    """What a job prints, each line shown once, however often the connection breaks."""
 
+    def __init__(self, client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> None:
+        self._client, self._job, self._show = client, job, show
+        self._shown = 0
+        self._error: Exception | None = None
+        self.whole = False
+        """Whether it was followed from the beginning to where the server ended it, after the job."""
 
-def _ended(client: JobSubmissionClient, job: str) -> JobDetails:
-    while (info := client.get_job_info(job)).status in _UNDER_WAY:  # the last line comes before the last state
-        time.sleep(_POLL_SECONDS)
-    return info
+    def follow(self) -> None:
+        """Show lines until the connection ends. Off the main thread, where asyncio would take Ctrl-C for itself."""
+        ended = self._client.get_job_info(self._job).status not in _UNDER_WAY
+        thread = threading.Thread(target=self._run, daemon=True, name="logs")
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+        if self._error is not None:
+            raise self._error
+        self.whole = ended
+        if not ended:
+            time.sleep(_POLL_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._lines())
+        except Exception as error:  # handed over to the main thread, which raises it
+            self._error = error
+
+    async def _lines(self) -> None:
+        number, rest = 0, ""
+        async for piece in self._client.tail_job_logs(self._job):
+            *lines, rest = (rest + piece).split("\n")
+            for line in lines:
+                number += 1
+                self._tell(number, line)
+        if rest:
+            self._tell(number + 1, rest)
+
+    def _tell(self, number: int, line: str) -> None:
+        if number > self._shown:
+            self._shown = number
+            self._show(line)
 
 
 def exit_code(info: JobDetails) -> int:
