@@ -68,8 +68,10 @@ def test_a_killed_worker_goes_on_from_the_bucket(world: World, server: Server) -
     home = world.folder / "killed"
     attempts = [json.loads(line) for line in (home / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["reason"] for attempt in attempts] == ["killed", "finished"]
-    assert attempts[-1]["start_step"] == SAVE_STEPS
-    assert attempts[-1]["executed_steps"] == UPDATES - SAVE_STEPS
+    # Whoever kills hears of a step a moment after it: the next checkpoint may be there by then.
+    start = attempts[-1]["start_step"]
+    assert start in (SAVE_STEPS, 2 * SAVE_STEPS)
+    assert attempts[-1]["executed_steps"] == UPDATES - start
     assert traces(home) == traces(world.record("twin"))
     assert (home / "model.safetensors").is_file()
     assert_no_credential_below("a", server)
