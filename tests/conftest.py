@@ -52,7 +52,7 @@ def quickstart_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's folder at a tenth of its size: data/ (with dataset_info.json) and init/ (model, tokenizer)."""
     folder = tmp_path_factory.mktemp("quickstart")
     command = [sys.executable, str(ROOT / "jobs" / "prepare_quickstart.py"), "--small", "--to", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=400)
     return folder
 
 

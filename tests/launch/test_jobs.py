@@ -161,6 +161,7 @@ def desk(head: Head, tmp_path: Path, tiny_model: Path, quickstart_world: Path) -
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_recipe_runs_as_a_job_and_its_model_is_fetched(desk: Desk) -> None:
     code, text = desk.give("submit", "recipe.yaml", "seed=3")
