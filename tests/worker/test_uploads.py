@@ -7,21 +7,22 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from tests.worker.alone import Gathered, run_alone
 from tests.worker.slow_storage import slow_place
 
 from tunefleet.artifacts.claim import Claim, claim_run
-from tunefleet.artifacts.metrics import read_metrics
+from tunefleet.artifacts.metrics import metrics_of, read_metrics
 from tunefleet.artifacts.record import read_attempts
-from tunefleet.checkpoints import newest_complete, step_of
+from tunefleet.checkpoints import STEP_NAME, newest_complete, step_of
 from tunefleet.errors import Superseded
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
-from tunefleet.storage import place
+from tunefleet.storage import Files, Place, place
 from tunefleet.worker.events import Saved, Stepped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,27 @@ def test_training_goes_on_during_an_upload_and_the_next_save_waits(recipe: Recip
     assert checkpoints(run) == ["step_00000008"]
     assert finished.ending["executed_steps"] == 8
     assert not any(path.name.startswith("tunefleet-") and "part" in str(path) for path in (run / "scratch").rglob("*"))
+
+
+def test_the_lines_of_a_checkpoint_are_in_storage_before_it_counts(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a kill between the two would lose them: the next attempt begins behind them."""
+    (tmp_path / "far").mkdir()
+    far = Place(SubTreeFileSystem(str(tmp_path / "far"), LocalFileSystem()), "run")
+    last_lines: dict[int, int] = {}
+    seal = Place.seal
+
+    def watched(self: Place, staging: Place, parts: Sequence[Files]) -> None:
+        if STEP_NAME.fullmatch(self.name):
+            record = far.child("record", "metrics.jsonl")
+            last_lines[step_of(self)] = metrics_of(record.read_text().encode())[-1]["step"] if record.exists() else 0
+        seal(self, staging, parts)
+
+    monkeypatch.setattr(Place, "seal", watched)
+    run_alone(recipe, tmp_path, storage=far)
+    assert len(last_lines) > 1
+    assert last_lines == {step: step for step in last_lines}
 
 
 def test_an_upload_that_fails_ends_the_attempt_at_the_next_step(recipe: Recipe, tmp_path: Path) -> None:

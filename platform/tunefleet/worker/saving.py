@@ -120,33 +120,40 @@ class Saver:
     def _bring(self, folder: Path, target: Place, best: str | None) -> None:
         """Runs beside the training, on every rank."""
         try:
-            store(target, folder / "part", self._aside, self._claim.check)
-            self._aside.together(lambda: self._tidy(folder, best) if self._aside.leads else None)
+            store(target, folder / "part", self._aside, lambda: self._send_record(folder))
+            self._aside.together(lambda: self._tidy(best) if self._aside.leads else None)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _tidy(self, folder: Path, best: str | None) -> None:
-        run = self._job.folder
-        prune(run.checkpoints, self._job.plan.recipe.run.save_total_limit, best)
+    def _send_record(self, folder: Path) -> None:
+        """Bring the record to storage before the checkpoint counts, or a kill between the two would lose its lines.
+
+        Raises:
+            Superseded: the run is another command's.
+        """
+        self._claim.check()
         record = folder / "record"
         if record.is_dir():
-            run.record.mirror(record)
+            self._job.folder.record.mirror(record)
+
+    def _tidy(self, best: str | None) -> None:
+        prune(self._job.folder.checkpoints, self._job.plan.recipe.run.save_total_limit, best)
 
 
-def store(target: Place, part: Path, seat: Seat, may_seal: Callable[[], None] = lambda: None) -> None:
+def store(target: Place, part: Path, seat: Seat, before_seal: Callable[[], None] = lambda: None) -> None:
     """Make one folder of every rank's part: each brings its own files, rank 0 seals them. Collective.
 
     Args:
-        may_seal: raises if nothing may be written any more.
+        before_seal: what rank 0 does when everything else is there; raises if nothing may be written any more.
 
     Raises:
         RunFailed: two ranks wrote a file of the same name.
-        Exception: what `may_seal` or the file system raised, on every rank. Nothing that counts is left.
+        Exception: what `before_seal` or the file system raised, on every rank. Nothing that counts is left.
     """
     staging = target.sibling(seat.from_leader(lambda: target.staging().name))
 
     def seal() -> None:
-        may_seal()
+        before_seal()
         target.seal(staging, parts)
 
     try:
