@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
+from tests.s3_server import free_port
 
 START_SECONDS = 120
 
@@ -35,14 +35,14 @@ def job_server(home: Path, cpus: int = 2, token: str | None = None) -> Iterator[
     Args:
         token: what a client must show; None = nothing.
     """
-    port = _free_port()
+    port = free_port()
     programs = Path(sys.executable).parent
     # Sockets lie below the folder of temporary files, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="rh", dir="/tmp") as temporary:
-        options = [f"--port={_free_port()}", f"--dashboard-port={port}", f"--num-cpus={cpus}"]
+        options = [f"--port={free_port()}", f"--dashboard-port={port}", f"--num-cpus={cpus}"]
         options += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={temporary}"]
         # Ports that Ray would take at fixed numbers, where another cluster of this machine may be.
-        options += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
+        options += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
         options += ["--disable-usage-stats", "--object-store-memory=200000000"]
         environment = {
             **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")},
@@ -80,9 +80,3 @@ def _await(url: str, head: subprocess.Popen[bytes]) -> None:
             pass
         time.sleep(0.2)
     raise AssertionError("the job server did not answer")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the run failed, 2 the recipe or the command is at fault, 1
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import warnings
@@ -14,13 +13,13 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from tunefleet.cli_jobs import jobs, submit
+from tunefleet.cli_words import AsJson, Overrides, RecipePath, console, errors, print_json, print_plain
 from tunefleet.errors import BrokenOff, Refused, RunFailed
 
 if TYPE_CHECKING:
@@ -38,15 +37,7 @@ app = typer.Typer(
 app.command()(submit)
 app.add_typer(jobs, name="jobs")
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A flat YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys that replace those of the file; null clears.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table for people.")]
 Address = Annotated[str | None, typer.Option(help="An existing Ray cluster; the same as ray_address in the recipe.")]
-
-_console = Console()
-_errors = Console(stderr=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,16 +67,16 @@ def main() -> None:
         app()
     except RecipeError as error:
         for problem in error.problems:
-            _print_plain(_errors, problem.line(), "red")
+            print_plain(errors, problem.line(), "red")
         sys.exit(2)
     except (Refused, StrategyError) as error:
-        _print_plain(_errors, str(error), "red")
+        print_plain(errors, str(error), "red")
         sys.exit(2)
     except RunFailed as error:
-        _print_plain(_errors, str(error), "red")
+        print_plain(errors, str(error), "red")
         sys.exit(1)
     except BrokenOff as error:
-        _print_plain(_errors, str(error))
+        print_plain(errors, str(error))
         sys.exit(130)
 
 
@@ -114,15 +105,6 @@ def _read(path: Path, overrides: list[str] | None, address: str | None = None) -
     return read_recipe(path, written)
 
 
-def _print_plain(console: Console, text: str, style: str | None = None) -> None:
-    """Print text that is not ours as it is: rich would read markup and emoji into it and break its lines."""
-    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
-
-
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
     """Train. The same command continues a run that was interrupted."""
@@ -131,17 +113,15 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
     from tunefleet.launch.display import open_display
     from tunefleet.launch.train import train as run
 
-    display_console = _errors if as_json else _console
+    display_console = errors if as_json else console
     outcome = run(read, open_display(display_console), Path.cwd())
     if as_json:
-        _print_json({"output_dir": str(outcome.output_dir), "run": outcome.run.uri, **outcome.summary})
+        print_json({"output_dir": str(outcome.output_dir), "run": outcome.run.uri, **outcome.summary})
     elif outcome.exit_code:
-        _console.print(
-            f"Stopped at step {outcome.summary['step']} with a checkpoint; the same command goes on from it."
-        )
+        console.print(f"Stopped at step {outcome.summary['step']} with a checkpoint; the same command goes on from it.")
     else:
-        _console.print(summary_table(outcome.summary))
-        _print_plain(_console, str(outcome.output_dir), "bold")
+        console.print(summary_table(outcome.summary))
+        print_plain(console, str(outcome.output_dir), "bold")
     sys.exit(outcome.exit_code)
 
 
@@ -161,7 +141,7 @@ def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
         from tunefleet.search.live import open_search_display
         from tunefleet.search.tuner import tune as run
 
-        display = open_search_display(_errors if as_json else _console, search.tune.metrics[0])
+        display = open_search_display(errors if as_json else console, search.tune.metrics[0])
         outcome = run(search, display, Path.cwd(), server)
     _tell_of_search(outcome, as_json)
     sys.exit(outcome.exit_code)
@@ -187,15 +167,15 @@ def _tell_of_search(outcome: SearchOutcome, as_json: bool) -> None:
         place = {"output_dir": str(outcome.output_dir), "search": outcome.search.uri}
         table = standings_as_json(standings(outcome.book, outcome.tune), outcome.tune)
         ranked = {"tournament": table} if outcome.tune.tournament else {}
-        _print_json({**place, **counts, "best": best, **ranked})
+        print_json({**place, **counts, "best": best, **ranked})
     elif outcome.exit_code:
         left = len(outcome.book.open_trials)
-        _console.print(f"Stopped with {left} trial(s) under way; the same command goes on from their checkpoints.")
+        console.print(f"Stopped with {left} trial(s) under way; the same command goes on from their checkpoints.")
     else:
-        _console.print(result_table(outcome.book, outcome.tune))
+        console.print(result_table(outcome.book, outcome.tune))
         if outcome.tune.tournament:
-            _console.print(tournament_table(standings(outcome.book, outcome.tune), outcome.tune))
-        _print_plain(_console, str(outcome.output_dir), "bold")
+            console.print(tournament_table(standings(outcome.book, outcome.tune), outcome.tune))
+        print_plain(console, str(outcome.output_dir), "bold")
 
 
 @app.command()
@@ -218,14 +198,14 @@ def plan(
         if joins:
             stack.enter_context(ray_session(read.ray))
         cluster = joined_shape() if joins else local_shape(read.ray)
-        stages = stack.enter_context(open_display(_errors).preparing())
+        stages = stack.enter_context(open_display(errors).preparing())
         made = draft(read, cluster, Path.cwd(), stages, with_data=not no_data)
     if as_json:
-        _print_json(made.model_dump(mode="json"))
+        print_json(made.model_dump(mode="json"))
         return
-    _console.print(plan_table(made))
+    console.print(plan_table(made))
     for notice in made.notices:
-        _console.print(f"[yellow]note[/] {escape(notice)}", highlight=False, emoji=False)
+        console.print(f"[yellow]note[/] {escape(notice)}", highlight=False, emoji=False)
 
 
 @app.command()
@@ -243,21 +223,21 @@ def data(
     from tunefleet.launch.tables import data_table
     from tunefleet.models import load_tokenizer
 
-    with open_display(_errors).preparing() as stages:
+    with open_display(errors).preparing() as stages:
         prepared = tokenised(read, stages)
     tokenizer = load_tokenizer(read.model)
     if prepared.train is None:
         raise Refused("The recipe names no training data: write dataset.")
     if as_json:
-        _print_json(rows_as_json(prepared.train, tokenizer, rows))
+        print_json(rows_as_json(prepared.train, tokenizer, rows))
         return
-    _console.print(data_table(prepared))
-    if not _console.is_terminal:
+    console.print(data_table(prepared))
+    if not console.is_terminal:
         for row in rows_as_plain(prepared.train, tokenizer, rows):
-            _print_plain(_console, row)
+            print_plain(console, row)
         return
     for text in rows_as_text(prepared.train, tokenizer, rows):
-        _console.print(text)
+        console.print(text)
 
 
 StoragePath = Annotated[str, typer.Option("--storage", help="The ray_storage_path of the recipes: a folder or a URI.")]
@@ -275,11 +255,11 @@ def ps(
     now = datetime.now(UTC)
     found = overviews(place(storage), now)
     if as_json:
-        _print_json([asdict(one) for one in found])
+        print_json([asdict(one) for one in found])
     elif not found:
-        _print_plain(_console, f"No run and no search below {storage}.")
+        print_plain(console, f"No run and no search below {storage}.")
     else:
-        _console.print(overview_table(found, now))
+        console.print(overview_table(found, now))
 
 
 @app.command()
@@ -297,9 +277,9 @@ def fetch(
     source = named(run, storage)
     folder = bring(source, to, overwrite=overwrite)
     if as_json:
-        _print_json({"folder": str(folder), "run": source.uri})
+        print_json({"folder": str(folder), "run": source.uri})
     else:
-        _print_plain(_console, str(folder), "bold")
+        print_plain(console, str(folder), "bold")
 
 
 @app.command()
@@ -316,9 +296,9 @@ def export(
     with _only_the_answer():
         written = write(source, to, dtype=dtype, base=base)
     if as_json:
-        _print_json({"folder": str(written)})
+        print_json({"folder": str(written)})
     else:
-        _print_plain(_console, str(written), "bold")
+        print_plain(console, str(written), "bold")
 
 
 @app.command()
@@ -340,9 +320,9 @@ def generate(
             folder, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base=base, seed=seed
         )
     if as_json:
-        _print_json({"prompt": prompt, "answer": text})
+        print_json({"prompt": prompt, "answer": text})
     else:
-        _print_plain(_console, text)
+        print_plain(console, text)
 
 
 @app.command()
@@ -356,7 +336,7 @@ def schema(
     if markdown:
         sys.stdout.write(recipe_markdown())
     else:
-        _print_json(recipe_schema())
+        print_json(recipe_schema())
 
 
 @app.command()
@@ -372,7 +352,7 @@ def methods(
     if matrix or markdown:
         _print_matrix(as_json, markdown)
     elif as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "name": method.name,
@@ -384,7 +364,7 @@ def methods(
             ]
         )
     else:
-        _console.print(methods_table(registered()))
+        console.print(methods_table(registered()))
 
 
 def _print_matrix(as_json: bool, markdown: bool) -> None:
@@ -394,12 +374,12 @@ def _print_matrix(as_json: bool, markdown: bool) -> None:
     if markdown:
         sys.stdout.write(matrix_markdown())
     elif as_json:
-        _print_json([asdict(line) for line in matrix()])
+        print_json([asdict(line) for line in matrix()])
     else:
         table, sentences = matrix_table(matrix())
-        _console.print(table)
+        console.print(table)
         for sentence in sentences:
-            _print_plain(_console, sentence)
+            print_plain(console, sentence)
 
 
 @app.command()
@@ -424,10 +404,13 @@ def manifest(
     explain: Annotated[bool, typer.Option("--explain", help="Say in comments why each number is what it is.")] = False,
 ) -> None:
     """Print a RayJob for Kubernetes that runs exactly this recipe, or check a manifest."""
+    if (check is None) == (recipe is None):
+        raise Refused("manifest takes a RECIPE, or --check FILE: name one of them.")
     if check is not None:
         sys.exit(_check_manifest(check, crds))
-    if recipe is None:
-        raise Refused("manifest takes a RECIPE, or --check FILE: name one of them.")
+    if crds is not None:
+        raise Refused("--crds is for --check FILE: leave it out, what is rendered is checked by our own types.")
+    assert recipe is not None
     from tunefleet.launch.manifest import ManifestOptions, default_image, render, secret_variable
     from tunefleet.search.onto_cluster import demand_of
 
@@ -450,10 +433,10 @@ def _check_manifest(file: Path, crds: Path | None) -> int:
 
     checked = check_file(file, None if crds is None else Schemas(crds))
     for finding in checked.findings:
-        _print_plain(_errors, finding.line(), "red")
+        print_plain(errors, finding.line(), "red")
     official = f", {checked.by_schema} of them by official schemas too" if crds is not None else ""
     verdict = f"{len(checked.findings)} problem(s)" if checked.findings else "no problem"
-    _print_plain(_console, f"{file}: {checked.objects} object(s) checked{official}, {verdict}")
+    print_plain(console, f"{file}: {checked.objects} object(s) checked{official}, {verdict}")
     return 2 if checked.findings else 0
 
 
@@ -465,7 +448,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json([finding.__dict__ for finding in findings])
+        print_json([finding.__dict__ for finding in findings])
     else:
-        _console.print(doctor_table(findings))
+        console.print(doctor_table(findings))
     sys.exit(0 if all(finding.ok for finding in findings) else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from datetime import datetime
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from tunefleet.cli_words import AsJson, Overrides, RecipePath, console, errors, print_json, print_plain
 from tunefleet.errors import Refused
 
 if TYPE_CHECKING:
-    from tunefleet.launch.jobs import JobLine
+    from tunefleet.launch.jobs import Client, JobLine
     from tunefleet.recipe.sections import Recipe
 
 jobs = typer.Typer(help="List, follow, look at and stop the jobs of a cluster.", no_args_is_help=True)
@@ -25,25 +24,16 @@ Address = Annotated[
     str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The URL of the head's dashboard: http://HEAD:8265.")
 ]
 PendingSeconds = Annotated[
-    float, typer.Option("--pending-timeout", min=0, help="Seconds that the job may wait for its start.")
+    float, typer.Option("--pending-timeout", min=0, help="Seconds that a job which is followed may wait for its start.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table for people.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's name, as `tunefleet jobs list` shows it.")]
 
 DETACHED_CODE = 130
-_console = Console()
-_errors = Console(stderr=True)
-
-
-def _plain(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A flat YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys that replace those of the file.")
-    ] = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     *,
     address: Address,
     tune: Annotated[bool, typer.Option("--tune", help="The recipe has a `tune:` block: search.")] = False,
@@ -80,11 +70,11 @@ def submit(
     )
     client = connect(address)
     sent = send(client, order, packed, recipe)
-    _plain(_console, f"{sent.job} ({len(packed.files)} local files, {packed.size_bytes / 2**20:.1f} MiB)", "bold")
+    print_plain(console, f"{sent.job} ({len(packed.files)} local files, {packed.size_bytes / 2**20:.1f} MiB)", "bold")
     if not wait:
-        _plain(_console, f"Follow it with: tunefleet jobs logs {sent.job} --address {address}")
+        print_plain(console, f"Follow it with: tunefleet jobs logs {sent.job} --address {address}")
         return
-    sys.exit(_followed(sent.job, address, pending_seconds))
+    sys.exit(_followed(client, sent.job, address, pending_seconds))
 
 
 def _common(path: Path, overrides: list[str], tune: bool) -> Recipe:
@@ -97,8 +87,7 @@ def _common(path: Path, overrides: list[str], tune: bool) -> Recipe:
     search = read_search(path, overrides)
     from tunefleet.search.opening import open_space
 
-    branch = open_space(search).branches[0]
-    return branch.recipe(next(branch.legal_outlines()))
+    return open_space(search).common_recipe()
 
 
 def _variable(name: str) -> str:
@@ -118,14 +107,14 @@ def _amount(text: str) -> tuple[str, float]:
     return name, number
 
 
-def _followed(job: str, address: str, pending_seconds: float) -> int:
-    from tunefleet.launch.jobs import connect, follow
+def _followed(client: Client, job: str, address: str, pending_seconds: float) -> int:
+    from tunefleet.launch.jobs import follow
 
     try:
-        return follow(connect(address), job, lambda line: _plain(_console, line), pending_seconds, address)
+        return follow(client, job, lambda line: print_plain(console, line), pending_seconds, address)
     except KeyboardInterrupt:
-        _plain(
-            _errors,
+        print_plain(
+            errors,
             f"Detached; the job goes on. Come back with `tunefleet jobs logs {job} --address {address}`, stop it with "
             f"`tunefleet jobs stop {job} --address {address}`.",
         )
@@ -139,11 +128,11 @@ def list_jobs(address: Address, as_json: AsJson = False) -> None:
 
     lines = listed(connect(address))
     if as_json:
-        _json([asdict(line) for line in lines])
+        print_json([asdict(line) for line in lines])
     elif not lines:
-        _plain(_console, "No job was submitted to this cluster.")
+        print_plain(console, "No job was submitted to this cluster.")
     else:
-        _console.print(_table(lines))
+        console.print(_table(lines))
 
 
 @jobs.command()
@@ -153,11 +142,11 @@ def status(job: Job, address: Address, as_json: AsJson = False) -> None:
 
     line = found(connect(address), job)
     if as_json:
-        _json(asdict(line))
+        print_json(asdict(line))
         return
-    _console.print(_table([line]))
+    console.print(_table([line]))
     if line.message:
-        _plain(_console, line.message)
+        print_plain(console, line.message)
 
 
 @jobs.command()
@@ -165,8 +154,9 @@ def logs(job: Job, address: Address, pending_seconds: PendingSeconds = 300.0) ->
     """Show what a job prints, from its first line to its end; the exit code is the job's."""
     from tunefleet.launch.jobs import connect, found
 
-    found(connect(address), job)
-    sys.exit(_followed(job, address, pending_seconds))
+    client = connect(address)
+    found(client, job)
+    sys.exit(_followed(client, job, address, pending_seconds))
 
 
 @jobs.command()
@@ -177,9 +167,9 @@ def stop(job: Job, address: Address) -> None:
     client = connect(address)
     line = found(client, job)
     if client.stop_job(job):
-        _plain(_console, f"{job} is asked to stop.")
+        print_plain(console, f"{job} is asked to stop.")
     else:
-        _plain(_console, f"{job} has ended already ({line.state}).")
+        print_plain(console, f"{job} has ended already ({line.state}).")
 
 
 def _table(lines: list[JobLine]) -> Table:
@@ -199,7 +189,3 @@ def _minutes(line: JobLine) -> str:
         return ""
     end = line.ended or datetime.now(line.started.tzinfo)
     return f"{(end - line.started).total_seconds() / 60:.1f}"
-
-
-def _json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")

@@ -21,3 +21,8 @@ class PeerFailed(Exception):
 
 class BrokenOff(Exception):
     """A person would not wait for a run to stop by itself. Exit code 130."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, as a piece of a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -350,6 +350,8 @@ def test_the_command_wants_a_recipe_or_a_file(ask: Ask) -> None:
     answer = ask("manifest")
     assert answer.code == 2
     assert answer.err == "manifest takes a RECIPE, or --check FILE: name one of them.\n"
+    assert ask("manifest", JOBS / "lora_sft.yaml", "--check", "job.yaml").err == answer.err
+    assert "--crds is for --check FILE" in ask("manifest", JOBS / "lora_sft.yaml", "--crds", "crds").err
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 
 from tunefleet.errors import Refused
 from tunefleet.launch import parcel as parcels
-from tunefleet.launch.parcel import RECIPE_FILE, parcel
+from tunefleet.launch.off_this_machine import RECIPE_FILE
+from tunefleet.launch.parcel import parcel
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 

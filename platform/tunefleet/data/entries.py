@@ -19,7 +19,7 @@ FILE_TYPES = ("json", "jsonl", "csv", "parquet", "arrow", "txt")
 
 # What lies beside the data in a repository or in a folder written by `datasets.save_to_disk`.
 _BESIDE = {"readme.md", "readme", "readme.txt", "license", "license.txt", "state.json", INFO_FILE}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ENTRY_KEYS = {"file_name", "hf_hub_url", "formatting", "columns", "tags", "subset", "split", "folder", "num_samples"}
 _REFUSED_KEYS = {
     "script_url": "loading scripts are not run; convert the data to Parquet or JSON and set `file_name`",
@@ -78,7 +78,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _from_hub(name: str, entries: Mapping[str, Any], folder: Path) -> Source:
     close = suggestion(name, entries)
-    looks_local = _HUB_NAME.fullmatch(name) is None or Path(name).suffix[1:] in FILE_TYPES or name.startswith(".")
+    looks_local = HUB_NAME.fullmatch(name) is None or Path(name).suffix[1:] in FILE_TYPES or name.startswith(".")
     if looks_local or (close and "/" not in name):
         raise Refused(
             f"The data set `{name}` is neither an entry of {folder / INFO_FILE} nor an existing path: "

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tunefleet
 import tunefleet_strategies
-from tunefleet.errors import Refused, RunFailed
+from tunefleet.errors import Refused, RunFailed, first_line
 from tunefleet.hardware import Hardware, local_cpu, local_gpu
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import TRIAL_DRIVER, ClusterShape, NodeShape
@@ -175,16 +175,16 @@ def _init(options: Mapping[str, Any]) -> None:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
         raise Refused(
-            f"No Ray cluster answers at {options['address']} ({_first_line(error)}): start one with "
+            f"No Ray cluster answers at {options['address']} ({first_line(error)}): start one with "
             f"`ray start --head`, or leave ray_address out to run on this machine."
         ) from error
     except (TypeError, ValueError) as error:
         if "address" in str(error).lower():
             raise Refused(
-                f"ray_address: {options['address']} is no address ({_first_line(error)}): write host:port, "
+                f"ray_address: {options['address']} is no address ({first_line(error)}): write host:port, "
                 f"ray://host:10001 or auto."
             ) from error
-        raise _refused_arguments(_first_line(error)) from error
+        raise _refused_arguments(first_line(error)) from error
 
 
 def _refuse_unanswered(address: str) -> None:
@@ -204,7 +204,7 @@ def _refuse_unanswered(address: str) -> None:
         except (OSError, OverflowError) as error:
             if time.monotonic() + 1 > end:
                 raise Refused(
-                    f"No Ray cluster answers at {address} ({_first_line(error)}): start one with `ray start --head`, "
+                    f"No Ray cluster answers at {address} ({first_line(error)}): start one with `ray start --head`, "
                     f"correct ray_address, or leave it out to run on this machine."
                 ) from error
         time.sleep(1)
@@ -212,10 +212,6 @@ def _refuse_unanswered(address: str) -> None:
 
 def _refused_arguments(reason: str) -> Refused:
     return Refused(f"Ray does not take these arguments ({reason}): correct ray_init_kwargs.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,13 @@ from ray.util.state import list_nodes
 
 import tunefleet
 import tunefleet_strategies
-from tunefleet.errors import Refused, RunFailed
-from tunefleet.launch.parcel import RECIPE_FILE, Parcel
+from tunefleet.errors import Refused, RunFailed, first_line
+from tunefleet.launch.off_this_machine import RECIPE_FILE
+from tunefleet.launch.parcel import Parcel
 from tunefleet.secret_names import is_secret
 
+Client = JobSubmissionClient
+"""The line to a job server."""
 RUN, STORAGE, DRIVER = "tunefleet_run", "tunefleet_storage", "tunefleet_driver"
 """What a job's metadata says of its run, and of what its own process asks for (JSON)."""
 _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -67,7 +70,7 @@ class Sent:
     entrypoint: str
 
 
-def connect(address: str) -> JobSubmissionClient:
+def connect(address: str) -> Client:
     """Open the job server of a cluster.
 
     Raises:
@@ -102,7 +105,7 @@ def connect(address: str) -> JobSubmissionClient:
     except AuthenticationError as error:
         raise Refused(_about_the_token(address)) from error
     except (RuntimeError, ConnectionError, requests.exceptions.RequestException) as error:
-        raise Refused(f"The job server at {address} does not answer as it should ({_first_line(error)}).") from error
+        raise Refused(f"The job server at {address} does not answer as it should ({first_line(error)}).") from error
 
 
 def _choose_authentication() -> None:
@@ -148,7 +151,7 @@ def environment_of(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def submit(client: JobSubmissionClient, order: Order, parcel: Parcel, recipe: Path) -> Sent:
+def submit(client: Client, order: Order, parcel: Parcel, recipe: Path) -> Sent:
     """Send a job.
 
     Raises:
@@ -170,7 +173,7 @@ def submit(client: JobSubmissionClient, order: Order, parcel: Parcel, recipe: Pa
     return Sent(job, entrypoint)
 
 
-def _taken(client: JobSubmissionClient, order: Order, name: str, entrypoint: str, environment: dict[str, Any]) -> str:
+def _taken(client: Client, order: Order, name: str, entrypoint: str, environment: dict[str, Any]) -> str:
     """Hand a job to the server; one that has just started is not ready to take any, and is asked again."""
     others = {key: amount for key, amount in order.driver_resources.items() if key not in ("CPU", "GPU")}
     said = {RUN: order.run_name, STORAGE: order.storage, DRIVER: json.dumps(dict(order.driver_resources))}
@@ -188,7 +191,7 @@ def _taken(client: JobSubmissionClient, order: Order, name: str, entrypoint: str
             )
         except (RuntimeError, ValueError) as error:
             if "No available agent" not in str(error) or time.monotonic() > until:
-                raise Refused(f"The job server does not take the job ({_first_line(error)}).") from error
+                raise Refused(f"The job server does not take the job ({first_line(error)}).") from error
         time.sleep(_POLL_SECONDS)
 
 
@@ -214,9 +217,7 @@ def _refuse_clash(jobs: Sequence[JobDetails], order: Order) -> None:
             )
 
 
-def follow(
-    client: JobSubmissionClient, job: str, show: Callable[[str], None], pending_seconds: float, address: str
-) -> int:
+def follow(client: Client, job: str, show: Callable[[str], None], pending_seconds: float, address: str) -> int:
     """Show what a job prints until it ends; its exit code.
 
     Raises:
@@ -225,17 +226,20 @@ def follow(
     try:
         _await_start(client, job, pending_seconds, address)
         tail = _Tail(client, job, show)
-        while (info := client.get_job_info(job)).status in _UNDER_WAY or not tail.whole:
-            tail.follow()  # it breaks off where a connection does
-        return exit_code(info)
+        while True:
+            info = client.get_job_info(job)
+            tail.follow()  # it breaks off where a connection does, so the last look is one that began after the end
+            if info.status not in _UNDER_WAY:
+                return exit_code(info)
+            time.sleep(_POLL_SECONDS)
     except (requests.exceptions.RequestException, ConnectionError) as error:
         raise RunFailed(
-            f"The job server is gone ({_first_line(error)}); the job {job} may go on: look again with `tunefleet jobs "
+            f"The job server is gone ({first_line(error)}); the job {job} may go on: look again with `tunefleet jobs "
             f"status {job} --address {address}`."
         ) from error
 
 
-def _await_start(client: JobSubmissionClient, job: str, pending_seconds: float, address: str) -> None:
+def _await_start(client: Client, job: str, pending_seconds: float, address: str) -> None:
     until = time.monotonic() + pending_seconds
     while (info := client.get_job_info(job)).status == JobStatus.PENDING:
         if time.monotonic() > until:
@@ -272,25 +276,19 @@ def _amounts(amounts: Mapping[str, float]) -> str:
 class _Tail:
     """What a job prints, each line shown once, however often the connection breaks."""
 
-    def __init__(self, client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> None:
+    def __init__(self, client: Client, job: str, show: Callable[[str], None]) -> None:
         self._client, self._job, self._show = client, job, show
         self._shown = 0
         self._error: Exception | None = None
-        self.whole = False
-        """Whether it was followed from the beginning to where the server ended it, after the job."""
 
     def follow(self) -> None:
         """Show lines until the connection ends. Off the main thread, where asyncio would take Ctrl-C for itself."""
-        ended = self._client.get_job_info(self._job).status not in _UNDER_WAY
         thread = threading.Thread(target=self._run, daemon=True, name="logs")
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
         if self._error is not None:
             raise self._error
-        self.whole = ended
-        if not ended:
-            time.sleep(_POLL_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -336,13 +334,13 @@ class JobLine:
     message: str | None
 
 
-def listed(client: JobSubmissionClient) -> list[JobLine]:
+def listed(client: Client) -> list[JobLine]:
     """The jobs that were submitted, newest first."""
     jobs = [job for job in client.list_jobs() if job.submission_id is not None]
     return [line_of(job) for job in sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)]
 
 
-def found(client: JobSubmissionClient, job: str) -> JobLine:
+def found(client: Client, job: str) -> JobLine:
     """One job.
 
     Raises:
@@ -369,7 +367,3 @@ def line_of(info: JobDetails) -> JobLine:
 
 def _time(milliseconds: int | None) -> datetime | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -48,10 +48,9 @@ from tunefleet.kube.ray import (
     WorkerGroup,
 )
 from tunefleet.launch.demand import Demand, GroupDemand
-from tunefleet.launch.off_this_machine import STORAGE, Storage
+from tunefleet.launch.off_this_machine import RECIPE_FILE, STORAGE, Storage
 from tunefleet.launch.pods import (
     GPU,
-    RECIPE_FILE,
     RECIPE_FOLDER,
     PodSettings,
     SecretVariable,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, urlsplit
 
-from tunefleet.data.entries import FILE_TYPES
+from tunefleet.data.entries import FILE_TYPES, HUB_NAME
 from tunefleet.data.settings import DEFAULT_FOLDER, read_pieces
 from tunefleet.errors import Refused
 from tunefleet.recipe.problems import Problem, RecipeError, shown
@@ -18,7 +18,8 @@ MOUNT = "/mnt/tunefleet"
 """Where a claim is mounted, on the head and on every worker."""
 STORAGE = "ray_storage_path"
 _CLAIM = "pvc://"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+RECIPE_FILE = "recipe.yaml"
+"""What a recipe is called where it has been sent to."""
 _STORES = ("s3://", "gs://", "hdfs://", "viewfs://")
 
 
@@ -134,7 +135,7 @@ def _on_storage(path: str, storage: Storage) -> bool:
 
 
 def _on_hub(name: str) -> bool:
-    return _HUB_NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
+    return HUB_NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
 def _local(key: str, name: str, storage: Storage, other: str | None) -> Problem:

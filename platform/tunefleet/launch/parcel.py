@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tunefleet.data.entries import INFO_FILE, resolve
 from tunefleet.errors import Refused
+from tunefleet.launch.off_this_machine import RECIPE_FILE
 from tunefleet.recipe.sections import Recipe
 from tunefleet.training.deepspeed_config import NAMED
 
 MOST_BYTES = 64 * 2**20
 """Ray's job server takes 100 MiB in one request, and the code is in it as well."""
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _refuse_passing_storage(recipe: Recipe) -> None:
         ("tokenized_path", recipe.data.tokenized_path),
     )
     for key, value in named:
-        if value is not None and "://" not in value and not value.startswith(("/", "~")):
+        if value is not None and _is_relative(value):
             raise Refused(
                 f"{key}: {value} is relative, and would lie in the job's own folder, which goes with the job: write an "
                 f"absolute path on storage that every node reaches, or a URI such as s3://bucket/runs."

@@ -39,7 +39,6 @@ from tunefleet.kube.pods import (
 from tunefleet.launch.off_this_machine import MOUNT
 
 RECIPE_FOLDER = "/etc/tunefleet"
-RECIPE_FILE = "recipe.yaml"
 GRACE_SECONDS = 180
 """From the notice that a pod is ended until it is killed."""
 STOP_SECONDS = 150

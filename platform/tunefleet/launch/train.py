@@ -24,12 +24,13 @@ from tunefleet.launch.growth import Growth
 from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unusable, refuse_unwritable
 from tunefleet.launch.runs import claimed, clear_notes, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
+from tunefleet.launch.verdict import news_of_a_move
 from tunefleet.launch.waiting import Waiting
 from tunefleet.models import check_weights
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import Recipe
 from tunefleet.storage import Place, place
-from tunefleet.worker.events import Event, Noticed, Started
+from tunefleet.worker.events import Event, Started
 from tunefleet.worker.job import JobConfig
 from tunefleet.worker.mailbox import collect, open_mailbox
 
@@ -153,7 +154,7 @@ class Running:
         ending = self._fit.ending()
         if ending is None or not ending.get("moved") or self._stopping:
             return False
-        self._told.append(Noticed(f"Step {ending['step']}: {ending['moved']}; the run goes on in a new start."))
+        self._told.append(news_of_a_move(ending))
         self._growth.moved()
         self._waiting = Waiting(self._plan)
         clear_notes(self._folder)
@@ -182,9 +183,7 @@ class Running:
             RunFailed: anything else went wrong.
         """
         ray.kill(self._mailbox)
-        summary = self._fit.summary(self._folder, self._mark)
-        # Whatever made it leave, a run that should stop has stopped there, with a checkpoint.
-        return summary | {"stopped": summary["stopped"] or bool(summary["moved"])}
+        return self._fit.summary(self._folder, self._mark)
 
 
 def _what_is_left(folder: RunFolder) -> str:

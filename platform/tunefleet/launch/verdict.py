@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import Refused, RunFailed
+from tunefleet.worker.events import Noticed
 from tunefleet.worker.failures import failures, last_failure
 
 
@@ -14,8 +16,13 @@ def ending_of(returned: object) -> dict[str, Any] | None:
     return returned if isinstance(returned, dict) and "failed" not in returned else None
 
 
+def news_of_a_move(ending: Mapping[str, Any]) -> Noticed:
+    """What is told where an attempt left early, because the run must go on elsewhere."""
+    return Noticed(f"Step {ending['step']}: {ending['moved']}; the run goes on in a new start.")
+
+
 def summary_of(returned: object, error: Exception | None, folder: RunFolder, mark: str) -> dict[str, Any]:
-    """The numbers of the run.
+    """The numbers of the run. Whatever made it leave, a run that goes on nowhere has stopped there, with a checkpoint.
 
     Args:
         returned: by rank 0, if it did.
@@ -28,7 +35,7 @@ def summary_of(returned: object, error: Exception | None, folder: RunFolder, mar
     """
     ending = ending_of(returned)
     if ending is not None:
-        return ending
+        return ending | {"stopped": ending["stopped"] or bool(ending["moved"])}
     failure = last_failure(failures(folder.record, mark))
     if failure is not None and failure.refused:
         raise Refused(failure.message)

@@ -53,7 +53,7 @@ def search_demand(keys: dict[str, object], root: Path, workers_per_pod: int | No
     trials = planned_trials(space, search.tune)
     at_once, why_at_once = _at_once(search, trials)
     sizes = [size for branch in space.branches for size in _sizes(branch, search)]
-    common = space.branches[0].recipe(next(space.branches[0].legal_outlines()))
+    common = space.common_recipe()
     groups = tuple(_groups(sizes, at_once, workers_per_pod, request_reason(written)))
     block = written[KEY]
     assert isinstance(block, Mapping)  # or it would not have been read

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from tunefleet.errors import RunFailed
 from tunefleet.recipe.tune import TuneSettings
-from tunefleet.search.book import Book, Trial, best, front
+from tunefleet.search.book import BOOK, Book, Trial, best, front
 from tunefleet.search.live import COLOURS, sampled
 from tunefleet.search.plots import best_so_far_plot, trials_plot
 from tunefleet.search.result import bring_search_home, keep_result
@@ -73,7 +73,7 @@ def write_recipes(shop: Workshop, book: Book, winners: Sequence[Trial], folder: 
 
 
 def book_uri(shop: Workshop) -> str:
-    return shop.search.child("trials.json").uri
+    return shop.search.child(BOOK).uri
 
 
 def winning(book: Book, settings: TuneSettings) -> list[Trial]:

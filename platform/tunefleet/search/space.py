@@ -158,6 +158,11 @@ class Space:
     branches: tuple[Branch, ...]
     notices: tuple[str, ...] = ()
 
+    def common_recipe(self) -> Recipe:
+        """The recipe of some point: for the keys that all trials share."""
+        first = self.branches[0]
+        return first.recipe(next(first.legal_outlines()))
+
     def point(self, branch: int, values: Values) -> Point:
         """As `Branch.point`."""
         return self.branches[branch].point(values)

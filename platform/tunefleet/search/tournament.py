@@ -75,10 +75,11 @@ def repeats_due(book: Book, settings: TuneSettings, seed: int) -> list[tuple[Tri
     """
     if not settings.tournament or any(not trial.ended for trial in book.sampled):
         return []
+    chosen = finalists(book, settings)
     return [
         (trial, point)
         for turn in range(1, settings.finalist_seeds + 1)
-        for trial in finalists(book, settings)
+        for trial in chosen
         if book.twin(point := _again(trial, (seed + turn) % 2**32)) is None
     ]
 

@@ -33,7 +33,7 @@ from tunefleet.models import check_weights
 from tunefleet.recipe.sections import RaySettings, Recipe, RunSettings
 from tunefleet.recipe.tune import SearchRecipe, TuneSettings
 from tunefleet.search.board import open_board
-from tunefleet.search.book import PLANS, RUNS, Book, State
+from tunefleet.search.book import BOOK, PLANS, RUNS, SEARCHER, Book, State
 from tunefleet.search.driven import ENDED, ERROR, FIGURES, sentence
 from tunefleet.search.ending import leave
 from tunefleet.search.hosts import forks_here, host_keys, hosts_of
@@ -98,7 +98,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         raise Refused(
             "search: bohb proposes points, but no whole search by it has been tried yet: write search: optuna."
         )
-    common = space.branches[0].recipe(next(space.branches[0].legal_outlines()))
+    common = space.common_recipe()
     folder = place(common.ray.ray_storage_path, base=root).child(common.run_name)
     output_dir = (root / Path(common.run.output_dir).expanduser()).resolve()
     with ExitStack() as stack:
@@ -210,7 +210,7 @@ def _identity(search: SearchRecipe) -> dict[str, JsonValue]:
 
 
 def _clear(folder: Place) -> None:
-    for name in (RUNS, PLANS, RESULT_FOLDER, _RAY_FILES, "trials.json", "searcher.state"):
+    for name in (RUNS, PLANS, RESULT_FOLDER, _RAY_FILES, BOOK, SEARCHER):
         folder.child(name).delete()
 
 

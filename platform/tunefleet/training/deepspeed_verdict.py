@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
-from tunefleet.errors import Refused
+from tunefleet.errors import Refused, first_line
 from tunefleet.training.deepspeed_config import Config
 
 _FORMATS = ("fp32", "bf16", "fp16")
@@ -34,8 +34,9 @@ def refuse_unreadable(config: Config) -> None:
         except ValidationError as error:
             raise Refused(f"deepspeed: {_first_finding(error)}.") from error
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise Refused(f"deepspeed: DeepSpeed cannot read the configuration ({said}): correct it.") from error
+            raise Refused(
+                f"deepspeed: DeepSpeed cannot read the configuration ({first_line(error)}): correct it."
+            ) from error
 
 
 def _first_finding(error: ValidationError) -> str:

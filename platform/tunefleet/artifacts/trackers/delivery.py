@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 
 from tunefleet.artifacts.metrics import Line, scalars
 from tunefleet.artifacts.trackers.tracker import End, Tracker
+from tunefleet.errors import first_line
 
 RETRY_SECONDS = 30.0
 """From a failure to the next try."""
@@ -113,9 +114,9 @@ class Delivery:
             self._opened = False
             if not self._complained:
                 self._complained = True
+                said = without_credentials(first_line(error).rstrip(":"))
                 self._complaints.append(
-                    f"{self._tracker.name} takes no lines ({without_credentials(_first_line(error))}); training goes "
-                    f"on, and it is tried again."
+                    f"{self._tracker.name} takes no lines ({said}); training goes on, and it is tried again."
                 )
             return False
         return True
@@ -128,7 +129,3 @@ def without_credentials(text: str) -> str:
         if value and _SECRET_NAME.search(name.upper()):
             text = text.replace(value, "(hidden)")
     return text
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -10,14 +10,14 @@ from typing import Any
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.launch.runs import clear_notes
-from tunefleet.launch.verdict import ending_of, summary_of
+from tunefleet.launch.verdict import ending_of, news_of_a_move, summary_of
 from tunefleet.plan import Plan
 from tunefleet.search.board import Progress
 from tunefleet.search.driven import Driven
 from tunefleet.search.warm.forks import Fork, TrialOrder, fork, last_words, shared_folder
 from tunefleet.search.warm.worker import Order, Word, take_environment
 from tunefleet.storage import Place, place
-from tunefleet.worker.events import Event, Lost, Noticed
+from tunefleet.worker.events import Event, Lost
 
 _LISTEN_SECONDS = 0.2
 
@@ -170,7 +170,7 @@ class ForkedRun:
         """The attempt is over: the run may be as well, or goes on in another attempt."""
         ending = ending_of(self._returned)
         if ending is not None and ending["moved"] and not self._stopping:
-            self._told.append(Noticed(f"Step {ending['step']}: {ending['moved']}; the run goes on in a new start."))
+            self._told.append(news_of_a_move(ending))
             clear_notes(self._folder)
             self._attempt = self._begin()
         elif self._returned is not None:
@@ -207,8 +207,7 @@ class ForkedRun:
         Raises:
             Refused, RunFailed: as `summary_of`.
         """
-        summary = summary_of(self._returned, self._error, self._folder, self._order.mark)
-        return summary | {"stopped": summary["stopped"] or bool(summary["moved"])}
+        return summary_of(self._returned, self._error, self._folder, self._order.mark)
 
     def hold(self) -> None:
         """Let the worker rest where it is."""
