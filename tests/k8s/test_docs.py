@@ -1,4 +1,4 @@
-"""The pages on Kubernetes: what they tell a reader to do is there and is taken."""
+"""The pages on Kubernetes, and the README: what they tell a reader to do is there and is taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunefleet import cli
 from tunefleet.kube.check import check_text
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "docs" / "kuberay.md", ROOT / "docs" / "kueue.md"]
+PAGES = [ROOT / "docs" / "kuberay.md", ROOT / "docs" / "kueue.md", ROOT / "README.md"]
 
 
 def commands() -> list[list[str]]:
@@ -51,7 +51,7 @@ def test_every_manifest_command_is_taken(
         assert caught.value.code in (0, None), err
         assert check_text(out, "m").findings == ()
         rendered += 1
-    assert rendered == 2
+    assert rendered == 4
 
 
 def test_the_values_that_the_page_names_are_those_of_the_manifests() -> None:
