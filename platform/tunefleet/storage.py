@@ -225,9 +225,14 @@ class Place:
         Raises:
             OSError, StoreFailed: that cannot be done.
         """
-        trial = replace(self.child(f".trial-{uuid.uuid4().hex}"), patience_seconds=_TRIAL_SECONDS)
-        trial._write(io.BytesIO(b"tunefleet was here"))
-        trial.delete()
+        trial = self.child(f".trial-{uuid.uuid4().hex}")
+        content = io.BytesIO(b"tunefleet was here")
+
+        def once() -> None:
+            trial._write_once(content)
+            self.filesystem.delete_file(trial.path)
+
+        with_patience(once, self.uri, _TRIAL_SECONDS)
 
     @property
     def _renames(self) -> bool:
@@ -304,13 +309,12 @@ class Place:
 
     def _write(self, source: BinaryIO) -> str:
         """Write a file from the beginning of `source` straight to its name. Returns its SHA-256."""
+        return self._patiently(lambda: self._write_once(source))
 
-        def once() -> str:
-            source.seek(0)
-            with _writer(self) as stream:
-                return _copy_hashed(source, stream)
-
-        return self._patiently(once)
+    def _write_once(self, source: BinaryIO) -> str:
+        source.seek(0)
+        with _writer(self) as stream:
+            return _copy_hashed(source, stream)
 
     def _content(self) -> bytes:
         with self._reader() as stream:

@@ -75,6 +75,7 @@ def line(key: str, value: object) -> str:
         ("ray_num_workers", "two", "is no number of workers"),
         ("resources_per_worker", {"GPU": -1}, "GPU: -1 must be at least 0"),
         ("resources_per_worker", {"GPU": "one"}, "GPU: 'one' is not a number"),
+        ("resources_per_worker", {"cpu": 1}, "cpu is no resource of Ray's: write CPU"),
         ("placement_strategy", "PACKED", "did you mean placement_strategy: PACK?"),
         ("ray_init_kwargs", "{", "is text that is not JSON"),
         ("ray_run_name", "a/b", "has characters or a length"),

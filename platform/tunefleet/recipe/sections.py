@@ -162,13 +162,31 @@ InitArguments = Annotated[
 ]
 
 
+_RAYS_OWN = ("CPU", "GPU")
+
+
+def _in_rays_spelling(value: dict[str, float]) -> dict[str, float]:
+    """Refuse `cpu: 1`: Ray would take it for a resource of somebody's own, which no node has.
+
+    Raises:
+        ValueError: a name of Ray's is written with other capitals.
+    """
+    for name in value:
+        if name not in _RAYS_OWN and name.upper() in _RAYS_OWN:
+            raise ValueError(f"{name} is no resource of Ray's: write {name.upper()}")
+    return value
+
+
+Resources = Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_in_rays_spelling)]
+
+
 class RaySettings(Settings):
     """Where the run happens: workers, resources, storage, cluster."""
 
     ray_num_workers: WorkerCount = Field(
         1, description="Data-parallel workers; [least, most] for an elastic run, whose batch counts the most."
     )
-    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+    resources_per_worker: Resources | None = Field(
         None,
         description="Resources of one worker, such as {GPU: 1}; unset: a GPU if there is one, else a share of CPUs.",
     )
