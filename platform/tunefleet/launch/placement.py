@@ -13,6 +13,7 @@ from tunefleet.plan import Plan
 from tunefleet.storage import Place
 from tunefleet.stores import for_ray
 from tunefleet.worker.events import Lost
+from tunefleet.worker.exits import end_surely
 from tunefleet.worker.mailbox import pack
 
 
@@ -47,6 +48,11 @@ class TellsOfLoss(UserCallback):
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Where it arrives is the controller's process."""
+        vars(self).update(state)
+        end_surely()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self._mailbox.push.remote(pack([Lost()]))

@@ -18,6 +18,7 @@ from ray.tune import Trainable
 from tunefleet.launch.train import Running
 from tunefleet.search.driven import Driven
 from tunefleet.storage import place
+from tunefleet.worker.exits import end_surely
 
 
 class RunTrial(Trainable):
@@ -35,6 +36,7 @@ class RunTrial(Trainable):
             evaluates: whether the metric comes with evaluations; else with logged lines.
             interval: steps from one report to the next.
         """
+        end_surely()
         self.driven = driven(config["trial"], search, board, evaluates, interval)
 
     def step(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tunefleet.worker.exits import end_surely
 from tunefleet.worker.termination import terminated
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._parcels: list[bytes] = []
         self._wish: Wish | None = None
+        end_surely()
 
     def push(self, parcel: bytes) -> Wish | None:
         """Take events from a worker. Returns what the driver wants."""

@@ -23,6 +23,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 from tunefleet.errors import RunFailed
 from tunefleet.search.board import Progress
 from tunefleet.search.warm.forks import Stock, TrialOrder, fork, fork_server, last_words, machine
+from tunefleet.worker.exits import end_surely
 from tunefleet.worker.gauges import RayMetrics
 
 WARM = "warm"
@@ -69,6 +70,7 @@ class HostTrial(Trainable):
         hosts: Hosts | None = None,
     ) -> None:
         """Become a host, and take a trial. Arguments as those of `search.trial.RunTrial`."""
+        end_surely()
         assert hosts is not None
         self._search, self._board, self._evaluates, self._interval = search, board, evaluates, interval
         self._hosts = hosts
