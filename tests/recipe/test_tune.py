@@ -46,7 +46,14 @@ def test_a_budget_is_in_hours() -> None:
         ({"tournament": True, "metric": ["loss", "mfu"]}, "tune.tournament: compares methods by one metric"),
         ({"tournament": True, "scheduler": "hyperband"}, "tune.tournament: judges trials within their method"),
         ({"finalist_seeds": 2}, "tune.finalist_seeds: is for tournament: true; write that, or remove it"),
-        ({"scheduler": "pbt"}, "tune.scheduler: pbt is not built yet; write scheduler: asha"),
+        ({"perturbation_interval": 2}, "tune.perturbation_interval: is for pbt, and tune.scheduler is none; remove it"),
+        ({"quantile_fraction": 0.6, "scheduler": "pbt"}, "tune.quantile_fraction: 0.6 must be at most 0.5"),
+        ({"scheduler": "pbt", "metric": ["loss", "mfu"]}, "tune.scheduler: pbt compares trials by one metric"),
+        (
+            {"scheduler": "pbt", "tournament": True},
+            "tune.tournament: repeats a recipe under other seeds, and under pbt",
+        ),
+        ({"scheduler": "pbt", "trial_host": "warm"}, "tune.trial_host: keeps a host for whole trials, and under pbt"),
         ({"trial_host": "hot"}, "tune.trial_host: 'hot' is not cold or warm"),
         ({"num_sample": 3}, "tune.num_sample: is no key of a search; did you mean tune.num_samples?"),
         ({"search": "optina"}, "tune.search: 'optina' is not grid, random, optuna, hyperopt or bohb"),
@@ -69,7 +76,7 @@ def test_what_is_wrong_with_a_block_is_one_sentence(block: dict[str, object], se
 
 
 def test_everything_wrong_is_told_at_once() -> None:
-    assert len(refusals(num_samples=0, scheduler="pbt", memory_limit="1GB")) == 3
+    assert len(refusals(num_samples=0, scheduler="pbd", memory_limit="1GB")) == 3
 
 
 @pytest.mark.parametrize("block", [None, 3, []])

@@ -173,6 +173,16 @@ def _no_tournament(chance: random.Random) -> tuple[list[Block], Block]:
     return [legal_branch(chance)], {"tournament": True, "num_samples": chance.randint(1, 9)}
 
 
+def _no_population(chance: random.Random) -> tuple[list[Block], Block]:
+    """A branch whose values cannot change on the way, among others."""
+    form = chance.choice(FORMS)
+    stays = {**form, "adam_beta2": {"choice": [0.98, 0.999]}}
+    changes = {**chance.choice(FORMS), "learning_rate": {"loguniform": [1e-5, 1e-3]}}
+    space = [stays, *([changes] * chance.randint(0, 2))]
+    chance.shuffle(space)
+    return space, {"scheduler": "pbt", "num_samples": 4 * len(space)}
+
+
 RULES: dict[str, Callable[[random.Random], tuple[list[Block], Block]]] = {
     "domain": _bad_domain,
     "value": _bad_value,
@@ -186,6 +196,7 @@ RULES: dict[str, Callable[[random.Random], tuple[list[Block], Block]]] = {
     "bohb": _no_bohb,
     "metric": _no_metric,
     "tournament": _no_tournament,
+    "pbt": _no_population,
 }
 NAMES: dict[str, str] = {
     "domain": "learning_rate: ",
@@ -198,5 +209,6 @@ NAMES: dict[str, str] = {
     "bohb": "bohb knows no branches",
     "metric": "is no figure that runs report",
     "tournament": "compares methods, and tune.space has one branch",
+    "pbt": "searches nothing that pbt may change on the way",
 }
 """Words of the sentence that names a rule."""

@@ -132,3 +132,18 @@ def test_the_trials_of_a_tournament_are_shared_evenly() -> None:
     (line,) = refusals(forms, {"tournament": True, "num_samples": 10})
     assert line == "tune.num_samples: 10 cannot be shared evenly by the 3 branches of a tournament; write 12"
     assert opened(forms, {"tournament": True, "num_samples": 12})
+
+
+def test_each_branch_of_pbt_has_a_population() -> None:
+    forms = [{"finetuning_type": name, "learning_rate": {"uniform": [1e-5, 1e-3]}} for name in ("lora", "full")]
+    for samples, mend in ((2, "write 4"), (5, "write 6")):
+        (line,) = refusals(forms, {"scheduler": "pbt", "num_samples": samples})
+        assert line.startswith(f"tune.num_samples: {samples} cannot be shared evenly by the 2 branches of a population")
+        assert line.endswith(mend)
+    assert opened(forms, {"scheduler": "pbt", "num_samples": 4})
+
+
+def test_a_population_hands_on_its_newest_checkpoints() -> None:
+    form = {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}}
+    (line,) = refusals([form], {"scheduler": "pbt"}, load_best_model_at_end=True, save_steps=10)
+    assert line.startswith("load_best_model_at_end: takes an earlier checkpoint at the end")

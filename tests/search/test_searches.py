@@ -30,6 +30,7 @@ from tests.search.under_tune import (
 )
 from tests.worker.under_ray import World
 
+from tunefleet.artifacts.metrics import read_metrics
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.recipe.read import read_recipe
 from tunefleet.search.book import Book
@@ -185,6 +186,41 @@ def test_a_tournament_repeats_the_best_of_each_method_under_other_seeds_and_name
     assert full["values"] == [trial.last("eval_loss") for trial in repeats if trial.branch_name == "full"]
     best = read_recipe(world.folder / "search" / "best.yaml")
     assert (best.method.name, best.training.learning_rate, best.training.seed) == ("full", 3e-3, 7)
+    assert all_given_back(world)
+
+
+TURNS: dict[str, Any] = {"scheduler": "pbt", "perturbation_interval": 10}
+
+
+def record(world: World, trial: str) -> Path:
+    return folder(world) / "trials" / trial / "record"
+
+
+def losses(world: World, trial: str) -> dict[int, float]:
+    return {
+        line["step"]: line["loss"] for line in read_metrics(record(world, trial) / "metrics.jsonl") if "loss" in line
+    }
+
+
+@pytest.mark.slow
+def test_the_worst_of_a_population_goes_on_from_the_best(world: World) -> None:
+    space = [{**RATIO, "badam_switch_interval": 7, "learning_rate": {"choice": [1e-6, 1e-3]}}]
+    outcome, display = run(world, space, tune=TURNS, logging_steps=1, max_steps=20)
+    heir, donor = outcome.book.trials  # the small rate learns nothing
+    assert {heir.state, donor.state} == {"finished"}
+    (exploit,) = heir.exploits
+    assert (exploit["step"], exploit["donor"], donor.exploits) == (10, donor.number, [])
+    assert heir.values == exploit["values"] != donor.values
+    (came,) = json.loads((record(world, heir.name) / "lineage.json").read_text())
+    assert (came["from"], came["values"]) == (donor.name, heir.values)
+    # The next loss is that of the donor's weights on the batch that the donor has there too; then they part.
+    assert losses(world, heir.name)[11] == losses(world, donor.name)[11]
+    assert losses(world, heir.name)[20] != losses(world, donor.name)[20]
+    for trial in (heir, donor):
+        done = [(one["start_step"], one["executed_steps"]) for one in attempts(world, trial.name)]
+        assert done == [(0, 10), (10, 10)]
+        assert [report["step"] for report in trial.reports] == [10, 20]
+    assert [note for note in display.notes if "goes on from trial" in note]
     assert all_given_back(world)
 
 

@@ -6,6 +6,7 @@ tensorboard/    the same as curves
 mlflow.json     the run's name at MLflow, where it is asked for; wandb.json likewise
 attempts.jsonl  a line for each time that workers started: from which step, how many steps they took, how it ended
 result.json     final numbers and fingerprints; there exactly when the run is finished
+lineage.json    of a trial that took over another's state: from which, at which step, with which values
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 RECORD = "record.json"
 ATTEMPTS = "attempts.jsonl"
 RESULT = "result.json"
+LINEAGE = "lineage.json"
 TENSORBOARD = "tensorboard"
 Json = Mapping[str, object]
 

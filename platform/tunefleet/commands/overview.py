@@ -144,7 +144,7 @@ def _of_search(folder: Place, now: datetime) -> Overview:
     except Refused as error:
         return Overview(folder.name, folder.uri, "search", "unreadable", why=str(error))
     metric, mode = (_first(book.searched.get(f"tune.{key}")) for key in ("metric", "mode"))
-    found = best(book.trials, str(metric), str(mode)) if metric is not None else None
+    found = best(book.sampled, str(metric), str(mode)) if metric is not None else None
     last_word = folder.child(BOOK).changed()
     under_way = any(trial.state == "running" for trial in book.trials)
     state: State = "finished" if book.complete else "stopped"

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import JsonValue
 
 from tunefleet.artifacts.claim import claim_run
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.artifacts.record import RESULT, without_secrets
+from tunefleet.artifacts.metrics import METRICS
+from tunefleet.artifacts.record import LINEAGE, RECORD, RESULT, without_secrets
 from tunefleet.checkpoints import forget_after, newest_complete, step_of
 from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
@@ -103,6 +105,45 @@ def open_run(plan: Plan, folder: RunFolder) -> list[str]:
     folder.record.child(_MATHEMATICS).write_text(json.dumps(mathematics(plan), indent=2))
     folder.record.child(PLAN).write_text(json.dumps(without_secrets(plan.model_dump(mode="json")), indent=2))
     return notices
+
+
+def hand_down(donor: RunFolder, heir: RunFolder, plan: Plan, may_change: frozenset[str], came: JsonValue) -> None:
+    """Make the record of a run one that goes on from where another run stands, under a plan of its own.
+
+    `metrics.jsonl` becomes the donor's, as the model's history is now; `lineage.json` says how it came here.
+
+    Args:
+        may_change: keys that may differ from the donor's; what says otherwise "was started with other values".
+        came: the newest entry of the lineage.
+
+    Raises:
+        Refused: another key differs.
+    """
+    recorded: dict[str, object] = json.loads(donor.record.child(_MATHEMATICS).read_text())
+    now: dict[str, object] = json.loads(json.dumps(mathematics(plan)))
+    others = {key: value for key, value in now.items() if key not in may_change}
+    changed = differences({key: value for key, value in recorded.items() if key not in may_change}, others)
+    if changed:
+        raise Refused(
+            f"The run {heir.root.name} cannot go on from {donor.root.name} with other values ({'; '.join(changed)}): "
+            f"only {', '.join(sorted(may_change))} may change."
+        )
+    lineage = _lineage(donor)
+    for name in (RECORD, RESULT):
+        heir.record.child(name).delete()
+    for name, text in (
+        (METRICS, donor.record.child(METRICS).read_text()),
+        (LINEAGE, json.dumps([*lineage, came], indent=1)),
+        (_MATHEMATICS, json.dumps(now, indent=2)),
+        (PLAN, json.dumps(without_secrets(plan.model_dump(mode="json")), indent=2)),
+    ):
+        heir.record.child(name).write_text(text)
+
+
+def _lineage(folder: RunFolder) -> list[JsonValue]:
+    note = folder.record.child(LINEAGE)
+    kept: list[JsonValue] = json.loads(note.read_text()) if note.exists() else []
+    return kept
 
 
 def clear_notes(folder: RunFolder) -> None:

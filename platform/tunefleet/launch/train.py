@@ -114,12 +114,15 @@ def _fit(plan: Plan, storage: Place, folder: RunFolder, mark: str, display: Disp
 class Running:
     """A run under way: its workers train, and this process hears of it."""
 
-    def __init__(self, plan: Plan, storage: Place, folder: RunFolder, command: str, mark: str) -> None:
+    def __init__(
+        self, plan: Plan, storage: Place, folder: RunFolder, command: str, mark: str, until: int | None = None
+    ) -> None:
         """Start the workers of a run whose folder is claimed and open.
 
         Args:
             command: what repeats the run.
             mark: what `claimed` yielded.
+            until: the step after which they save and leave, with `stopped` in their summary; None = the run's end.
         """
         self._plan, self._storage, self._folder, self._mark = plan, storage, folder, mark
         self._mailbox = open_mailbox()
@@ -129,6 +132,7 @@ class Running:
             "mailbox": self._mailbox,
             "command": command,
             "mark": mark,
+            "until": until,
         }
         self._waiting = Waiting(plan)
         self._growth = Growth(plan.workers, plan.recipe.ray.elastic_resize_monitor_interval_s)

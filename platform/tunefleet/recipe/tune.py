@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
 from tunefleet.recipe.check import check
 from tunefleet.recipe.problems import Problem, RecipeError, shown
@@ -84,13 +84,24 @@ class TuneSettings(Settings):
     search: Literal["grid", "random", "optuna", "hyperopt", "bohb"] = Field(
         "optuna", description="How points are chosen; `bohb` is refused until whole searches by it are tested."
     )
-    scheduler: Literal["none", "asha", "hyperband", "median"] = Field(
-        "none", description="Which trials are stopped before their end."
+    scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = Field(
+        "none",
+        description="Which trials are stopped before their end; pbt stops none, but lets the worst of a branch go on "
+        "from the best with changed values.",
     )
     grace_steps: int | None = Field(
         None, ge=1, description="Steps that every trial gets under asha and median; unset: until the first evaluation."
     )
     reduction_factor: int = Field(3, ge=2, description="asha and hyperband keep one trial in so many at each rung.")
+    perturbation_interval: int | None = Field(
+        None,
+        ge=1,
+        description="pbt: steps from one comparison of a population to the next, whole evaluations; unset: about a "
+        "quarter of a trial.",
+    )
+    quantile_fraction: float = Field(
+        0.25, gt=0, le=0.5, description="pbt: so many of the worst take over the state of as many of the best."
+    )
     max_concurrent_trials: Annotated[
         int | Literal["auto"], BeforeValidator(_read_concurrency), WithJsonSchema(_CONCURRENCY)
     ] = Field("auto", description="Trials at once, a number; auto: as many as the machines hold, whatever their sizes.")
@@ -114,13 +125,6 @@ class TuneSettings(Settings):
         description="One branch (a mapping), several (a list of mappings), or auto: each method's own."
     )
 
-    @field_validator("scheduler", mode="before")
-    @classmethod
-    def _no_pbt(cls, value: object) -> object:
-        if value == "pbt":
-            raise ValueError("pbt is not built yet; write scheduler: asha")
-        return value
-
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics as a list."""
@@ -130,6 +134,11 @@ class TuneSettings(Settings):
     def modes(self) -> tuple[Mode, ...]:
         """The mode of each metric."""
         return (self.mode,) * len(self.metrics) if isinstance(self.mode, str) else self.mode
+
+    @property
+    def shares(self) -> bool:
+        """Whether each branch has its own part of the trials, which no other takes from it."""
+        return self.tournament or self.scheduler == "pbt"
 
     @property
     def seconds(self) -> float | None:
@@ -225,7 +234,22 @@ def _between(tune: TuneSettings) -> list[Problem]:
     if tune.grace_steps is not None and tune.scheduler not in ("asha", "median"):
         what = f"is for asha and median, and tune.scheduler is {tune.scheduler}"
         problems.append(Problem("tune.grace_steps", what, "remove it"))
-    return problems + _of_tournament(tune)
+    return problems + _of_tournament(tune) + _of_population(tune)
+
+
+def _of_population(tune: TuneSettings) -> list[Problem]:
+    """Keys of population based training."""
+    if tune.scheduler == "pbt":
+        if tune.trial_host == "cold":
+            return []
+        what = "keeps a host for whole trials, and under pbt each leaves its workers at every comparison"
+        return [Problem("tune.trial_host", what, "write trial_host: cold, or scheduler: asha")]
+    own = ("perturbation_interval", "quantile_fraction")
+    return [
+        Problem(f"tune.{key}", f"is for pbt, and tune.scheduler is {tune.scheduler}", "remove it")
+        for key in own
+        if key in tune.model_fields_set
+    ]
 
 
 def _of_tournament(tune: TuneSettings) -> list[Problem]:
@@ -241,6 +265,9 @@ def _of_tournament(tune: TuneSettings) -> list[Problem]:
     if tune.search == "grid":
         what = "gives each method as many trials, and a grid runs all points of each"
         problems.append(Problem("tune.tournament", what, "write search: random"))
+    if tune.scheduler == "pbt":
+        what = "repeats a recipe under other seeds, and under pbt values change on the way"
+        problems.append(Problem("tune.tournament", what, "remove it: pbt keeps a population of each method anyway"))
     if tune.scheduler == "hyperband":
         what = "judges trials within their method, and hyperband mixes all into brackets of its own"
         problems.append(Problem("tune.tournament", what, "write scheduler: asha"))

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pydantic import JsonValue
 
@@ -28,6 +28,18 @@ cannot run here."""
 ENDED: frozenset[State] = frozenset({"finished", "stopped", "failed", "infeasible", "cut"})
 Report = dict[str, float | int | None]
 """Figures of a trial at one of its steps, `step` among them."""
+
+
+class Exploit(TypedDict):
+    """A trial takes over the state of a better one, and goes on with changed values."""
+
+    step: int
+    donor: int
+    """The other one's number."""
+    before: dict[str, JsonValue]
+    """Its own values until then."""
+    values: dict[str, JsonValue]
+    """Those that it goes on with."""
 
 
 @dataclass
@@ -56,6 +68,10 @@ class Trial:
     """The number of the trial that it repeats under another seed; None where it was sampled."""
     seed: int | None = None
     """Its own, if it repeats another."""
+    until: int | None = None
+    """Of a population: the step that it may train to before it is compared; None = to its end."""
+    exploits: list[Exploit] = field(default_factory=list)
+    """Of a population: each time that it took over another one's state."""
 
     @property
     def ended(self) -> bool:
@@ -65,6 +81,10 @@ class Trial:
         """The newest value of a metric."""
         found = (report[metric] for report in reversed(self.reports) if report.get(metric) is not None)
         return next(found, None)
+
+    def report_at(self, step: int) -> Report | None:
+        """What it reported at a step."""
+        return next((report for report in self.reports if report["step"] == step), None)
 
     def point(self) -> Point:
         return Point(self.branch, self.values, self.digest, self.seed)

@@ -8,18 +8,21 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.record import RESULT
+from tunefleet.checkpoints import newest_complete, step_of
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.plan import Plan
 from tunefleet.search.board import Progress
 from tunefleet.search.book import PLANS, Report
 from tunefleet.storage import Place, place
+from tunefleet.training.checkpoint import read_progress
 from tunefleet.worker.events import Evaluated, Event, Logged, Started, Stepped
 from tunefleet.worker.failures import Failure, failures, last_failure
 from tunefleet_strategies.contract import StrategyError
@@ -30,6 +33,8 @@ RUNG = "rung"
 """Evaluations that a trial has behind it; HyperBand's unit, which has no use for steps between them."""
 FIGURES = ("step", "loss", "eval_loss", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds")
 """What of a report is kept."""
+SUMMED = ("step", "loss", "eval_loss", "seconds", "tokens", "tokens_per_second")
+"""What of it comes from the summary of a run."""
 OUT_OF_MEMORY = "OutOfMemoryError"
 _TELL_SECONDS = 0.5
 _FAREWELL_SECONDS = 60.0
@@ -44,6 +49,19 @@ def plan_place(search: Place, name: str) -> Place:
 def rung(step: int, interval: int) -> int:
     """How many intervals a step has behind it."""
     return max(1, round(step / interval))
+
+
+@dataclass(frozen=True)
+class Leg:
+    """The part of a run that it shall train now, where it is one of a population."""
+
+    until: int | None = None
+    """The step at which it rests; None = it goes to its end."""
+    rested: Report | None = None
+    """What it reported there already."""
+
+
+WHOLE = Leg()
 
 
 class Run(Protocol):
@@ -89,14 +107,17 @@ class Driven:
         interval: int,
         start: Start,
         tell: Callable[[Progress | None], bool],
+        leg: Leg = WHOLE,
     ) -> None:
         """
         Args:
             evaluates: whether the metric comes with evaluations; else with logged lines.
             interval: steps from one report to the next.
+            start: starts it, to train until the leg's end.
             tell: takes how far the trial is; returns whether it shall stop.
+            leg: how far it goes now.
         """
-        self._name = name
+        self._name, self._leg = name, leg
         self._plan = Plan.model_validate_json(plan_place(search, name).read_text())
         self._storage = place(self._plan.place.storage_path)
         self._folder = RunFolder(self._storage.child(name))
@@ -121,6 +142,9 @@ class Driven:
             return self._finished(json.loads(self._folder.record.child(RESULT).read_text()))
         if self._running is None and self._tell(None):
             return self._ended("interrupted")
+        rested = self._rested()
+        if rested is not None:
+            return rested
         try:
             running = self._running or self._start()
             while not self._due:
@@ -154,6 +178,20 @@ class Driven:
         self._running = self._start_run(self._plan, self._storage, self._folder, command, self._mark)
         return self._running
 
+    def _rested(self) -> dict[str, Any] | None:
+        """What a run has to report that is where it shall rest, by the book or by its newest checkpoint."""
+        if self._running is not None or self._leg.until is None:
+            return None
+        if self._leg.rested is not None:
+            return dict(self._leg.rested)
+        newest, _ = newest_complete(self._folder.checkpoints)
+        if newest is None or step_of(newest) < self._leg.until:
+            return None
+        sums = read_progress(newest).record
+        figures = {"loss": sums["last_loss"], **{name: sums[name] for name in ("eval_loss", "seconds", "tokens")}}
+        self._take_in({"step": step_of(newest), **figures})
+        return dict(self._latest)
+
     def _hear(self, event: Event) -> None:
         """Take an event in; a new value of the metric is due, but that of the last step waits for the run's end."""
         match event:
@@ -170,7 +208,7 @@ class Driven:
                 self._report(self._evaluates and step_number > 0)
 
     def _report(self, wanted: bool) -> None:
-        if wanted and self._latest["step"] != self._plan.batch.updates:
+        if wanted and self._latest["step"] not in (self._plan.batch.updates, self._leg.until):
             self._due.append(dict(self._latest))
 
     def _keep_in_touch(self, running: Run) -> None:
@@ -192,15 +230,20 @@ class Driven:
                 raise
             return self._ended("infeasible" if failure.kind == OUT_OF_MEMORY else "failed", sentence(failure, error))
         self._running = None
+        if summary["stopped"] and summary["step"] == self._leg.until:
+            self._held.close()  # whoever goes on with the run need not wait until this process has ended
+            self._take_in(summary)
+            return dict(self._latest)
         return self._ended("interrupted") if summary["stopped"] else self._finished(summary)
+
+    def _take_in(self, summary: Mapping[str, Any]) -> None:
+        figures = {name: summary.get(name) for name in SUMMED}
+        self._latest |= {name: value for name, value in figures.items() if value is not None}
 
     def _finished(self, summary: dict[str, Any]) -> dict[str, Any]:
         """The figures of a whole run: those of the model that is kept."""
         best = self._plan.recipe.run.load_best_model_at_end
-        names = {"eval_loss": "best_eval_loss" if best else "eval_loss"}
-        wanted = ("step", "loss", "eval_loss", "seconds", "tokens", "tokens_per_second")
-        figures = {name: summary.get(names.get(name, name)) for name in wanted}
-        self._latest |= {name: value for name, value in figures.items() if value is not None}
+        self._take_in(summary | ({"eval_loss": summary.get("best_eval_loss")} if best else {}))
         return self._ended("finished")
 
     def _ended(self, how: str, error: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tunefleet.recipe.tune import SearchRecipe, TuneSettings
 from tunefleet.search.domains import ends, is_domain, read_domain, values
 from tunefleet.search.space import MOST_TRIED, PLACEMENT, WISH, Branch, Space, in_order
 from tunefleet_strategies import registry
+from tunefleet_strategies.carry import mutable_keys
 from tunefleet_strategies.contract import Domain, LogUniform, QUniform, Strategy, StrategyError, Uniform
 
 METRICS = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "seconds")
@@ -252,14 +253,17 @@ def _search_rules(tune: TuneSettings, written: Sequence[_Written], branches: Seq
 
 
 def _bracket_rules(tune: TuneSettings, branches: int) -> Iterator[Problem]:
-    """What a tournament asks of the branches."""
-    if not tune.tournament:
+    """What is asked of branches that share the trials."""
+    if not tune.shares:
         return
-    if branches == 1:
+    least = 2 if tune.scheduler == "pbt" else 1
+    of_what = "a population" if tune.scheduler == "pbt" else "a tournament"
+    if tune.tournament and branches == 1:
         yield Problem("tune.tournament", "compares methods, and tune.space has one branch", "add one, or remove it")
-    elif tune.num_samples is not None and tune.num_samples % branches:
-        what = f"{tune.num_samples} cannot be shared evenly by the {branches} branches of a tournament"
-        yield Problem("tune.num_samples", what, f"write {math.ceil(tune.num_samples / branches) * branches}")
+    elif tune.num_samples is not None and (tune.num_samples % branches or tune.num_samples < least * branches):
+        what = f"{tune.num_samples} cannot be shared evenly by the {branches} branches of {of_what}"
+        fitting = max(least, math.ceil(tune.num_samples / branches)) * branches
+        yield Problem("tune.num_samples", what, f"write {fitting}")
 
 
 def _runs(one: _Written, branch: Branch, tune: TuneSettings) -> Iterator[Problem]:
@@ -280,6 +284,7 @@ def _runs(one: _Written, branch: Branch, tune: TuneSettings) -> Iterator[Problem
             return
     if runs is not None:
         yield from _evaluation_rules(tune, runs)
+        yield from _population_rules(one, branch, tune, runs)
         return
     assert first is not None
     for problem in first.problems:
@@ -287,6 +292,19 @@ def _runs(one: _Written, branch: Branch, tune: TuneSettings) -> Iterator[Problem
             yield Problem(one.place, f"can never run: {problem.line()}")
         else:
             yield problem
+
+
+def _population_rules(one: _Written, branch: Branch, tune: TuneSettings, recipe: Recipe) -> Iterator[Problem]:
+    """What population based training asks of a branch."""
+    if tune.scheduler != "pbt":
+        return
+    may_change = mutable_keys(recipe.method)
+    if not may_change & set(branch.domains):
+        what = "searches nothing that pbt may change on the way"
+        yield Problem(one.place, what, f"search one of {', '.join(sorted(may_change))}, or write scheduler: asha")
+    if recipe.run.load_best_model_at_end:
+        what = "takes an earlier checkpoint at the end, and a population hands on its newest ones"
+        yield Problem("load_best_model_at_end", what, "remove it, or write scheduler: asha")
 
 
 def _parts(sentence: str) -> tuple[str, str]:

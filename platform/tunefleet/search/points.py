@@ -22,6 +22,14 @@ MOST_ASKED = 100
 MOST_DRAWN = 1000
 
 
+def configuration(trial: Trial) -> dict[str, Any]:
+    """What the driver of a trial is told: of a population also how far it may go, or that it has been there."""
+    told: dict[str, Any] = {"trial": trial.name}
+    if trial.until is not None:
+        told |= {"until": trial.until, "rested": trial.report_at(trial.until)}
+    return told
+
+
 class PointSearcher(Searcher):
     """Hands trials to Ray Tune: first those that an earlier call left open, then new points."""
 
@@ -38,6 +46,7 @@ class PointSearcher(Searcher):
         most_at_once: int | None,
         seed: int,
         config: Callable[[Plan], dict[str, Any]] | None = None,
+        until: int | None = None,
     ) -> None:
         """Begin, or go on from what the book says.
 
@@ -48,6 +57,7 @@ class PointSearcher(Searcher):
                 left to sample, and once more whenever a trial has ended. None = nothing.
             most_at_once: trials at once; None = as many as the cluster holds.
             config: what Tune is told of a trial beside its name; None = nothing.
+            until: the step that the trials of a population train to at first.
         """
         super().__init__(metric=None, mode=None)
         self.closed = False
@@ -58,8 +68,11 @@ class PointSearcher(Searcher):
         """Why proposals were not run, with how many of them."""
         self._space, self._pools, self._book, self._cluster = space, pools, book, cluster
         self._draft, self._place, self._repeats = draft, place, repeats
-        self._most, self._seed, self._config = most_at_once, seed, config
+        self._most, self._seed = most_at_once, seed
+        self._config, self._until = config, until
         self._asked = 0
+        self._dry: set[int] = set()
+        """Branches that have no further points."""
         self._identifiers: dict[str, str] = {}
         self._told: set[str] = set()
         self._sizes: dict[str, Size] = {}
@@ -92,7 +105,17 @@ class PointSearcher(Searcher):
             return None
         self._next = None
         self._sizes[trial_id], self._names[trial_id] = size, trial.name
-        return {"trial": trial.name, **({} if self._config is None else self._config(plan))}
+        return {**configuration(trial), **({} if self._config is None else self._config(plan))}
+
+    def settled(self, branch: int) -> bool:
+        """Whether every trial that a branch will ever have is there."""
+        pool = next(pool for pool in self._pools if pool.holds(branch))
+        return branch in self._dry or not self._wants(pool)
+
+    def goes_on(self, trial_id: str, size: Size | None) -> bool:
+        """Whether there is room for a paused trial, which has another size from now on if one is given."""
+        self._sizes[trial_id] = size or self._sizes[trial_id]
+        return self._has_room(self._sizes[trial_id])
 
     def _awaited(self) -> bool:
         """Whether the end of those under way may call for repeats."""
@@ -121,13 +144,18 @@ class PointSearcher(Searcher):
 
     def _choose(self) -> tuple[Trial, Plan] | None:
         """A new point that can run: of the pool that has had the fewest trials, if it has one."""
-        due: list[tuple[int, Pool]] = []
-        for pool in self._pools:
-            had = sum(pool.holds(trial.branch) for trial in self._book.sampled)
-            if pool.samples is None or had < pool.samples:
-                due.append((had, pool))
-        found = (self._choose_from(pool) for _, pool in sorted(due, key=lambda one: one[0]))
-        return next((one for one in found if one is not None), None)
+        for pool in sorted(filter(self._wants, self._pools), key=self._had):
+            found = self._choose_from(pool)
+            if found is not None:
+                return found
+            self._dry |= {branch.index for branch in pool.space.branches}
+        return None
+
+    def _had(self, pool: Pool) -> int:
+        return sum(pool.holds(trial.branch) for trial in self._book.sampled)
+
+    def _wants(self, pool: Pool) -> bool:
+        return pool.samples is None or self._had(pool) < pool.samples
 
     def _choose_from(self, pool: Pool) -> tuple[Trial, Plan] | None:
         for _ in range(MOST_ASKED):
@@ -173,7 +201,9 @@ class PointSearcher(Searcher):
     def _added(self, point: Point, plan: Plan, repeats: int | None = None) -> Trial:
         branch = self._space.branches[point.branch]
         count, updates = plan.workers.count, plan.batch.updates
-        return self._book.add(point, branch.name, branch.method.name, count, updates, repeats)
+        trial = self._book.add(point, branch.name, branch.method.name, count, updates, repeats)
+        trial.until = self._until
+        return trial
 
     def _put(self, trial: Trial, plan: Plan) -> None:
         self._place(trial, plan)

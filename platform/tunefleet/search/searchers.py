@@ -105,12 +105,12 @@ class Pool:
 
 
 def pools(space: Space, tune: TuneSettings, samples: int | None, seed: int) -> list[Pool]:
-    """One pool, or in a tournament one for each branch, so that none takes trials from another or learns of it.
+    """One pool, or where branches share the trials one for each, so that none takes some from another or learns of it.
 
     Raises:
         Refused: the searcher's package is not installed.
     """
-    if not tune.tournament:
+    if not tune.shares:
         return [Pool(space, suggestions(space, tune, seed), samples)]
     found = []
     for branch in space.branches:

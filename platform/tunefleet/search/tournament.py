@@ -18,7 +18,7 @@ from tunefleet.search.book import Book, Trial, best
 from tunefleet.search.space import Point, Space
 
 DEFAULT_SAMPLES = 10
-"""Trials of a search that does not say how many; in a tournament the next number that its branches can share."""
+"""Trials of a search that does not say how many; where branches share them, the next number that they can."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def samples(settings: TuneSettings, branches: int) -> int | None:
         return None
     if settings.num_samples is not None:
         return settings.num_samples
-    return math.ceil(DEFAULT_SAMPLES / branches) * branches if settings.tournament else DEFAULT_SAMPLES
+    return math.ceil(DEFAULT_SAMPLES / branches) * branches if settings.shares else DEFAULT_SAMPLES
 
 
 def planned_trials(space: Space, settings: TuneSettings) -> int:

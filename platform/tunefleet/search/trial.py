@@ -9,6 +9,7 @@ handed is a pointer to them.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import ray
 from ray.tune import Trainable
 
 from tunefleet.launch.train import Running
-from tunefleet.search.driven import Driven
+from tunefleet.search.driven import WHOLE, Driven, Leg
 from tunefleet.storage import place
 from tunefleet.worker.exits import end_surely
 
@@ -30,14 +31,15 @@ class RunTrial(Trainable):
         """Take a trial.
 
         Args:
-            config: `trial`, its name.
+            config: `trial`, its name; of a population also `until` and `rested` (`points.configuration`).
             search: where the search's folder is.
             board: the actor of `board.Board`.
             evaluates: whether the metric comes with evaluations; else with logged lines.
             interval: steps from one report to the next.
         """
         end_surely()
-        self.driven = driven(config["trial"], search, board, evaluates, interval)
+        leg = Leg(config.get("until"), config.get("rested"))
+        self.driven = driven(config["trial"], search, board, evaluates, interval, leg)
 
     def step(self) -> dict[str, Any]:
         """Go on until the run has a new value of the metric, or its end."""
@@ -55,8 +57,14 @@ class RunTrial(Trainable):
         self.driven.close()
 
 
-def driven(name: str, search: str, board: Any, evaluates: bool, interval: int) -> Driven:
+def driven(name: str, search: str, board: Any, evaluates: bool, interval: int, leg: Leg = WHOLE) -> Driven:
     """The driver of a trial whose workers Ray Train starts. Arguments as in `RunTrial.setup`."""
     return Driven(
-        name, place(search), evaluates, interval, Running, lambda progress: ray.get(board.tell.remote(name, progress))
+        name,
+        place(search),
+        evaluates,
+        interval,
+        partial(Running, until=leg.until),
+        lambda progress: ray.get(board.tell.remote(name, progress)),
+        leg,
     )

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ray.tune import TuneError
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import TrialScheduler
 
 from tunefleet.artifacts.claim import mark_of
 from tunefleet.artifacts.folder import RunFolder
@@ -40,7 +41,9 @@ from tunefleet.search.hosts import forks_here, host_keys, hosts_of
 from tunefleet.search.live import SearchDisplay
 from tunefleet.search.opening import open_space
 from tunefleet.search.points import PointSearcher
+from tunefleet.search.population import Population, first_turn, kept_as_they_are, refuse_population
 from tunefleet.search.result import RESULT_FOLDER
+from tunefleet.search.rounds import Rounds
 from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
 from tunefleet.search.searchers import pools, refuse_missing
 from tunefleet.search.sizing import most_at_once
@@ -113,6 +116,8 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
             server = stack.enter_context(fork_server())
         with display.preparing() as stages:
             plans = shop.survey(stages)
+        if search.tune.scheduler == "pbt":
+            refuse_population(search.tune, clock(search.tune, plans[0].plan), plans)
         hosts = hosts_of(plans, server if forks else None) if warm else None
         check_weights(common.model)
         refuse_unusable(place(common.ray.ray_storage_path, base=root), "ray_storage_path")
@@ -120,7 +125,8 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         refuse_unwritable(output_dir, "output_dir")
         stack.enter_context(claimed(RunFolder(folder)))
         book = _open_book(search, common, folder, len(space.branches))
-        for text in (*space.notices, *plans[0].plan.notices):
+        notices = kept_as_they_are(plans) if search.tune.scheduler == "pbt" else ()
+        for text in (*space.notices, *notices, *plans[0].plan.notices):
             display.note(text)
         display.show_plan(plans, book, planned_trials(space, search.tune), _at_once(search.tune, shop, plans))
         if not joins:
@@ -236,6 +242,8 @@ class _Search:
         self._hosts = hosts
         seed = common.training.seed if settings.search_seed is None else settings.search_seed
         self._clock = clock(settings, plans[0].plan)
+        self._notes: list[str] = []
+        """What the thread of the trials has to say."""
         self._searcher = PointSearcher(
             shop.space,
             pools(shop.space, settings, samples(settings, len(shop.space.branches)), seed),
@@ -247,7 +255,9 @@ class _Search:
             most_at_once=None if settings.max_concurrent_trials == "auto" else settings.max_concurrent_trials,
             seed=seed,
             config=None if self._hosts is None else host_keys,
+            until=first_turn(settings, self._clock) if settings.scheduler == "pbt" else None,
         )
+        self._population = Population(shop, book, self._clock, seed, self._notes.append)
         self._board = open_board()
         self._scribe = Scribe(book, self._searcher, shop.search, self._clock)
         self._most = _at_once(settings, shop, plans)
@@ -261,6 +271,8 @@ class _Search:
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
             self._display.update(self._book, ray.get(self._board.look.remote()))
+            while self._notes:
+                self._display.note(self._notes.pop(0))
             over = self._shop.tune.seconds is not None and self._book.elapsed() > self._shop.tune.seconds
             if (over or self._wish.signal is not None) and not stopping:
                 stopping = True
@@ -293,7 +305,11 @@ class _Search:
             os.environ.setdefault(name, value)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         settings, search = self._shop.tune, self._shop.search
-        made = scheduler(settings, self._clock, self._book)
+        made: TrialScheduler = (
+            Rounds(self._population, self._searcher, self._book)
+            if settings.scheduler == "pbt"
+            else scheduler(settings, self._clock, self._book)
+        )
         remember(made, settings, (trial for trial in self._book.trials if trial.ended))
         search.child(_RAY_FILES).delete()
         return ray_tune.Tuner(
@@ -381,7 +397,8 @@ class Scribe(ray_tune.Callback):
         """A trial reports. HyperBand's own time is added, and the figures are kept."""
         kept = self._book.named(_name(trial))
         figures = {key: value for key, value in result.items() if key in FIGURES}
-        if result.get(ENDED) in (None, "finished") and figures not in kept.reports[-1:]:
+        # What is told again after a restart is known already; and a state that was taken over changes nothing of it.
+        if result.get(ENDED) in (None, "finished") and kept.report_at(int(figures["step"])) is None:
             kept.reports.append(figures)
         kept.steps = max(kept.steps, int(result.get("step") or 0))
         self._note(trial, kept.state)

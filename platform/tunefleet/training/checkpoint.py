@@ -4,7 +4,7 @@
     optimizer.pt           the optimizer's state dict, tensors and plain numbers, dtypes and strides kept
     random.safetensors     torch, NumPy and Python random state of every rank
     initial.safetensors    what the strategy needs from the start of the run (PiSSA's A0 and B0)
-    state.json             progress, and the engine's own numbers (loss scale)
+    state.json             progress, the engine's own numbers (loss scale), names of the optimizer's parameters in order
 
 An engine that shares weights and moments out writes a file for each rank instead (`engines/shards.py`).
 
@@ -15,17 +15,21 @@ boundaries only, and read with `weights_only=True` only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunefleet.errors import Refused
+from tunefleet.storage import Place
 from tunefleet.training.engines.engine import Engine
-from tunefleet.training.files import digest, first_line, load_tensors, read, save_tensors
+from tunefleet.training.engines.plain import OPTIMIZER, WEIGHTS
+from tunefleet.training.files import digest, first_line, load_pickle, load_tensors, read, save_tensors
 from tunefleet.training.random_state import capture, restore
+from tunefleet_strategies.contract import Saved
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def save(folder: Path, state: RunState, progress: Progress, *, only_weights: boo
     if engine.rank != 0:
         return
     save_tensors(state.initial, folder / "initial.safetensors")
-    document = {"progress": asdict(progress), "engine": engine.state()}
+    document = {"progress": asdict(progress), "engine": engine.state(), "parameters": _numbered(engine)}
     (folder / "state.json").write_text(json.dumps(document, indent=1))
     if not only_weights:
         save_tensors({f"rank{rank}": own for rank, own in enumerate(random)}, folder / "random.safetensors")
@@ -110,6 +114,33 @@ def load(folder: Path, state: RunState) -> Loaded:
             "write resume_from_checkpoint: false to start anew."
         ) from error
     return Loaded(progress, _put_random(random, state.engine, folder))
+
+
+def convert(folder: Path, change: Callable[[Saved], Saved]) -> None:
+    """Rewrite what a method keeps in a local copy of a checkpoint, which must be one of plain data parallelism.
+
+    Raises:
+        Refused: a file is missing or damaged.
+        Exception: what `change` raises; nothing is rewritten then.
+    """
+    document = read(folder / "state.json", lambda path: json.loads(path.read_text()))
+    saved = Saved(
+        load_tensors(folder / WEIGHTS), load_pickle(folder / OPTIMIZER), tuple(document.get("parameters") or ())
+    )
+    changed = change(saved)
+    if changed.weights is not saved.weights:
+        save_tensors(changed.weights, folder / f"new.{WEIGHTS}")
+        (folder / f"new.{WEIGHTS}").replace(folder / WEIGHTS)  # what was read may still be mapped from the old file
+    torch.save(dict(changed.optimizer), folder / OPTIMIZER)
+
+
+def read_progress(checkpoint: Place) -> Progress:
+    """Where a checkpoint in storage stands.
+
+    Raises:
+        FileNotFoundError: it is no checkpoint.
+    """
+    return Progress(**json.loads(checkpoint.child("state.json").read_text())["progress"])
 
 
 def load_initial(folder: Path) -> dict[str, Tensor]:
@@ -147,6 +178,13 @@ def fingerprints(state: RunState) -> dict[str, str]:
 def trained_names(model: nn.Module) -> frozenset[str]:
     """What `RunState.trained` is of a model that a strategy has just been attached to."""
     return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _numbered(engine: Engine) -> list[str] | None:
+    """Parameters by name in the optimizer's order; None where the engine has put others in their place."""
+    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+    ids = [id(parameter) for group in engine.optimizer.param_groups for parameter in group["params"]]
+    return [names[one] for one in ids] if names.keys() >= set(ids) else None
 
 
 def _put_random(random: Mapping[str, Tensor], engine: Engine, folder: Path) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ class JobConfig(TypedDict):
     """What repeats the run."""
     mark: str
     """Of the command, in the run's claim."""
+    until: int | None
+    """The step after which the workers save and leave, for a run that goes on later; None = the run's end."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,10 @@ class Job:
     mark: str
     shared: Path | None = None
     """A folder of this node where warm trials leave for each other what they begin from (`shared.py`)."""
+    until: int | None = None
 
 
 def read_job(config: JobConfig) -> Job:
     """Open what the driver packed."""
     plan = Plan.model_validate_json(config["plan"])
-    return Job(plan, RunFolder(place(config["run"])), config["command"], config["mark"])
+    return Job(plan, RunFolder(place(config["run"])), config["command"], config["mark"], until=config["until"])

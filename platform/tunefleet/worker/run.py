@@ -112,6 +112,8 @@ def train(job: Job, trainee: Trainee, reporter: Reporter, saver: Saver, watch: W
         if is_due(step.step, cadence.evaluation) or (step.step == last and cadence.evaluates_at_end):
             reporter.evaluated(step.epoch, trainee.evaluate())
         leaving = watch.agreed() if step.stopped else watch.look(step.step)
+        if leaving is None and step.step == job.until:
+            leaving = Leaving(False, "this is as far as it should go for now")
         if is_due(step.step, cadence.saving) or (step.step == last and cadence.saving) or leaving is not None:
             saver.save(trainee)
         saver.tell()
