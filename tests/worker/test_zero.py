@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training.deepspeed_files import FILES
+from tests.training.tiny import ARCHITECTURES, build
 from tests.worker.alone import run_alone
-from tests.worker.zero_cells import METHODS, QUICK, SLOW, Keys, zero
+from tests.worker.zero_cells import (
+    LOGGED,
+    LONG,
+    LONG_UPDATES,
+    METHODS,
+    OTHERS_QUICK,
+    OTHERS_SLOW,
+    QUICK,
+    SLOW,
+    Keys,
+    zero,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunefleet.artifacts.metrics import read_metrics
@@ -58,12 +70,23 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, quickstart
     return folder, keys
 
 
-def train(world: tuple[Path, Keys], workers: int, cells: Mapping[str, Keys], stops: Mapping[str, int]) -> None:
-    """Let so many ranks train every cell; what they saw lies in the folder afterwards."""
+def train(
+    world: tuple[Path, Keys],
+    workers: int,
+    cells: Mapping[str, Keys],
+    stops: Mapping[str, int],
+    harms: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """Let so many ranks train every cell; what they saw lies in the folder afterwards.
+
+    Args:
+        harms: what is done to a checkpoint before a cell begins.
+    """
     folder, common = world
     written = {
         name: {"keys": {**common, "ray_num_workers": workers, **own_names(folder, name), **keys}}
         | ({"stop_at": stops[name]} if name in stops else {})
+        | ({"harm": harms[name]} if harms and name in harms else {})
         for name, keys in cells.items()
     }
     (folder / "cells.json").write_text(json.dumps(written))
@@ -105,21 +128,34 @@ def plain(world: tuple[Path, Keys], name: str, keys: Keys, workers: int = 2) -> 
     return [line for line in read_metrics(record / "metrics.jsonl") if "loss" in line]
 
 
-def assert_equal_to_plain(world: tuple[Path, Keys], cell: str, method: str, workers: int = 2) -> None:
-    """E2 of the rules of exactness: losses, norms, and how far the weights have come."""
+def assert_equal_to_plain(
+    world: tuple[Path, Keys], cell: str, method: str, *, workers: int = 2, reference: str = "", **more: Any
+) -> None:
+    """E2 of the rules of exactness: losses, norms, and how far the weights have come.
+
+    Args:
+        reference: the name of the run with one plain worker; that of the method, if empty.
+        more: what the cell writes beside its method and its engine.
+    """
     assert "error" not in seen(world, cell, workers)[0], seen(world, cell, workers)[0]
-    lines = plain(world, f"plain_{method}", METHODS[method], workers)
+    reference = reference or f"plain_{method}"
+    lines = plain(world, reference, METHODS[method] | more, workers)
     first = seen(world, cell, workers)[0]
     assert all(rank["losses"] == first["losses"] for rank in seen(world, cell, workers))
     assert first["losses"] == pytest.approx([line["loss"] for line in lines], abs=1e-5)
     assert first["norms"] == pytest.approx([line["grad_norm"] for line in lines], rel=1e-4)
     assert max(first["norms"]) > 0.5 or "lora" in method or "pissa" in method or method == "dora"
     assert first["rates"] == pytest.approx([line["learning_rate"] for line in lines])
-    ours, reference = exported(world, cell), exported(world, f"plain_{method}")
-    start = load_file(Path(world[1]["model_name_or_path"]) / "model.safetensors")
-    assert ours.keys() == reference.keys()
-    moved = torch.cat([(reference[name] - start.get(name, torch.zeros(()))).flatten() for name in reference])
-    apart = torch.cat([(ours[name] - reference[name]).flatten() for name in reference])
+    assert_weights_equal(world, cell, reference, Path((world[1] | more)["model_name_or_path"]))
+
+
+def assert_weights_equal(world: tuple[Path, Keys], run: str, reference: str, model: Path) -> None:
+    """What two runs export is no further apart than a ten-thousandth of the way that the weights have come."""
+    ours, expected = exported(world, run), exported(world, reference)
+    start = load_file(model / "model.safetensors")
+    assert ours.keys() == expected.keys()
+    moved = torch.cat([(expected[name] - start.get(name, torch.zeros(()))).flatten() for name in expected])
+    apart = torch.cat([(ours[name] - expected[name]).flatten() for name in expected])
     assert float(apart.norm()) <= 1e-4 * float(moved.norm()) > 0
 
 
@@ -129,7 +165,8 @@ RESUMED = {"full_3": METHODS["full"], "badam_3": METHODS["badam"]}
 
 @pytest.fixture(scope="module")
 def quick(world: tuple[Path, Keys]) -> tuple[Path, Keys]:
-    cells = {name: METHODS[method] | {"deepspeed": zero(stage)} for name, (method, stage) in QUICK.items()}
+    cells = {name: METHODS[method] | {"deepspeed": zero(stage) | LOGGED} for name, (method, stage) in QUICK.items()}
+    cells |= others(world, OTHERS_QUICK)
     evaluated = {"eval_dataset": "quickstart_heldout", "eval_strategy": "steps", "eval_steps": 3}
     cells["full_3_bf16"] = {"deepspeed": zero(3), "bf16": True} | evaluated
     cells["explodes"] = {"deepspeed": zero(2), "learning_rate": 1e30, "warmup_ratio": 0.0}
@@ -138,13 +175,144 @@ def quick(world: tuple[Path, Keys]) -> tuple[Path, Keys]:
         halves = keys | {"deepspeed": zero(3), "save_strategy": "steps", "ray_run_name": f"halves_{name}"}
         cells |= {f"{name}_stopped": halves, f"{name}_continued": halves}
         stops[f"{name}_stopped"] = 4
-    train(world, 2, cells, stops)
+    cells |= damaged("zero3", {"deepspeed": zero(3)})
+    train(world, 2, cells, stops | {"damaged_zero3_stopped": 4}, harms("zero3", "optimizer-2-of-2.pt"))
     return world
+
+
+def others(world: tuple[Path, Keys], cells: Mapping[str, tuple[str, str, int]]) -> dict[str, Keys]:
+    """Cells on other architectures, whose models are written first."""
+    return {
+        name: METHODS[method] | {"deepspeed": zero(stage), "model_name_or_path": model_of(world, architecture)}
+        for name, (method, architecture, stage) in cells.items()
+    }
+
+
+def model_of(world: tuple[Path, Keys], architecture: str) -> str:
+    """A tiny model of an architecture, with the tokenizer that there is."""
+    folder = world[0] / "models" / architecture
+    if not folder.exists():
+        shutil.copytree(world[1]["model_name_or_path"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        model = build(ARCHITECTURES[architecture])
+        model.resize_token_embeddings(512, mean_resizing=False)
+        model.save_pretrained(folder)
+    return str(folder)
+
+
+def damaged(engine: str, keys: Keys) -> dict[str, Keys]:
+    """A run that stops, one that goes on as it, and two that begin with its newest checkpoint by name."""
+    saving = keys | {"save_strategy": "steps", "save_steps": 2, "ray_run_name": f"damaged_{engine}"}
+    newest = f"runs/damaged_{engine}/checkpoints/step_00000005"
+    return {
+        f"damaged_{engine}_stopped": saving,
+        f"damaged_{engine}_sealed": keys | {"resume_from_checkpoint": f"sealed_{engine}/step_00000005"},
+        f"damaged_{engine}_named": keys | {"resume_from_checkpoint": newest},
+        f"damaged_{engine}_continued": saving,
+    }
+
+
+def harms(engine: str, file: str) -> dict[str, dict[str, str]]:
+    """First a copy that is cut short in the second rank's part and sealed like that; then a bit of the checkpoint."""
+    newest = {"checkpoint": f"runs/damaged_{engine}/checkpoints/step_00000005", "file": file}
+    return {
+        f"damaged_{engine}_sealed": newest | {"copy": f"sealed_{engine}/step_00000005"},
+        f"damaged_{engine}_named": newest,
+    }
 
 
 @pytest.mark.parametrize("cell", QUICK)
 def test_two_workers_under_zero_equal_one_plain_worker(quick: tuple[Path, Keys], cell: str) -> None:
     assert_equal_to_plain(quick, cell, QUICK[cell][0])
+
+
+@pytest.mark.parametrize("cell", OTHERS_QUICK)
+def test_other_architectures_equal_one_plain_worker(quick: tuple[Path, Keys], cell: str) -> None:
+    method, architecture, _ = OTHERS_QUICK[cell]
+    assert_equal_to_plain(
+        quick,
+        cell,
+        method,
+        reference=f"plain_{method}_{architecture}",
+        model_name_or_path=model_of(quick, architecture),
+    )
+
+
+def assert_damage_is_told(world: tuple[Path, Keys], engine: str, file: str, undisturbed: str) -> None:
+    """What can be told before loading is told of the name; else by the rank that reads it, and no other waits for it.
+
+    Without a name the run goes on from the checkpoint before.
+    """
+    for rank in seen(world, f"damaged_{engine}_named"):
+        assert rank["error"].startswith("Refused: ")
+        assert f"is damaged (the content of {file} changed): name another checkpoint." in rank["error"]
+    told = [rank["error"] for rank in seen(world, f"damaged_{engine}_sealed")]
+    assert all(one.startswith("Refused: ") and "\n" not in one for one in told)
+    assert f"{file} is damaged" in told[1]
+    assert all(one.endswith("resume from another checkpoint.") for one in told)
+    continued, whole = seen(world, f"damaged_{engine}_continued"), seen(world, undisturbed)
+    assert continued[0]["losses"] == continued[1]["losses"] == whole[0]["losses"][4:]
+    assert continued[0]["ending"]["executed_steps"] == len(whole[0]["losses"]) - 4
+    assert continued[0]["ending"]["fingerprints"] == whole[0]["ending"]["fingerprints"]
+    assert any(
+        "step_00000005 is skipped" in said and f"the content of {file} changed" in said
+        for said in continued[0]["messages"]
+    )
+
+
+def test_a_damaged_part_is_refused_or_the_checkpoint_before_is_taken(quick: tuple[Path, Keys]) -> None:
+    assert_damage_is_told(quick, "zero3", "optimizer-2-of-2.pt", "full_3")
+
+
+PASSES = (3, 3, 2)
+"""Micro-batches of a rank: of six rows, of six, and of the three that are left; then again."""
+WORDS = 2 * 8
+"""Bytes of our own for each update: the loss and the wish to stop."""
+
+
+def entries_of(world: tuple[Path, Keys], cell: str) -> list[int]:
+    """What trains at each update."""
+    updates = len(seen(world, cell)[0]["losses"])
+    if cell.startswith("badam"):
+        sizes = block_entries(world[1]["model_name_or_path"])
+        return [sizes[update // 2 % 4] for update in range(updates)]
+    return updates * [sum(tensor.numel() for tensor in exported(world, cell).values())]
+
+
+def sent_for(world: tuple[Path, Keys], cell: str) -> Iterator[tuple[int, int, dict[str, int]]]:
+    """For each update of each rank: its passes, the bytes of what trains in fp32, and what was sent."""
+    for rank in seen(world, cell):
+        for update, (entries, sent) in enumerate(zip(entries_of(world, cell), rank["sent"], strict=True)):
+            # A word for the norm of each group, of 4 bytes or 8, is all that DeepSpeed adds.
+            assert sent["engine"] == WORDS + sum(number for kind, number in sent.items() if kind != "engine")
+            yield PASSES[update % 3], 4 * entries, sent
+
+
+@pytest.mark.parametrize("cell", ["full_2", pytest.param("lora_2_logged", marks=pytest.mark.slow)])
+def test_zero_2_sends_gradients_of_what_trains_for_each_pass_and_gathers_it_once(
+    request: pytest.FixtureRequest, cell: str
+) -> None:
+    """Over gloo DeepSpeed sums a gradient whole; each rank gives its half of what the update has made."""
+    world = request.getfixturevalue("quick" if cell in QUICK else "slow")
+    for passes, size, sent in sent_for(world, cell):
+        assert 0 < sent["all_reduce"] - passes * size <= 16
+        assert sent["all_gather_into_tensor"] == size // 2
+        assert sent.keys() == {"all_reduce", "all_gather_into_tensor", "engine"}
+
+
+@pytest.mark.parametrize("cell", ["full_3", "lora_3", "badam_3"])
+def test_zero_3_sends_gradients_of_what_trains_for_each_pass_and_gathers_weights_twice(
+    quick: tuple[Path, Keys], cell: str
+) -> None:
+    whole = 4 * block_sum(quick) + (4 * entries_of(quick, cell)[0] if cell == "lora_3" else 0)
+    gathered = []
+    for passes, size, sent in sent_for(quick, cell):
+        assert sent["reduce_scatter_tensor"] == passes * size
+        gathered.append((passes, sent["all_gather_into_tensor"]))
+    # Before each pass, and before its way back, a rank gives its half of the weights; norms, kept whole, after it.
+    assert all(0 < one <= (passes * 2 * whole + 4 * 320) // 2 for passes, one in gathered)
+    if cell == "full_3":
+        passes, last = gathered[-1]
+        assert last == (passes * 2 * (whole - 4 * 320) + 4 * 320) // 2
 
 
 def test_bf16_is_near_fp32(quick: tuple[Path, Keys]) -> None:
@@ -225,11 +393,14 @@ def slow(world: tuple[Path, Keys]) -> tuple[Path, Keys]:
         cells[f"mixed_{stage}"] = {"deepspeed": zero(stage), "bf16": True}
     for stage in (2, 3):
         cells[f"pure_{stage}"] = {"deepspeed": zero(stage), "bf16": None, "pure_bf16": True}
-    logged = {"deepspeed": zero(2) | {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}}}
-    cells |= {f"logged_{method}": METHODS[method] | logged for method in ("full", "lora")}
+    cells["lora_2_logged"] = METHODS["lora"] | {"deepspeed": zero(2) | LOGGED}
     cells["badam_mixed"] = METHODS["badam"] | {"deepspeed": zero(3), "bf16": True}
     cells["badam_pure"] = METHODS["badam"] | {"deepspeed": zero(3), "bf16": None, "pure_bf16": True}
-    train(world, 2, cells, {})
+    cells |= others(world, OTHERS_SLOW)
+    long = {"max_steps": LONG_UPDATES}
+    cells |= {name: METHODS[method] | {"deepspeed": zero(stage)} | long for name, (method, stage) in LONG.items()}
+    cells |= {"fsdp2_undisturbed": {"sharding": "fsdp2"}} | damaged("fsdp2", {"sharding": "fsdp2"})
+    train(world, 2, cells, {"damaged_fsdp2_stopped": 4}, harms("fsdp2", "weights-00001-of-00002.safetensors"))
     return world
 
 
@@ -287,10 +458,59 @@ def test_badam_under_zero_on_one_worker_and_no_parts_of_two(quick: tuple[Path, K
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-def test_bytes_are_counted_where_deepspeed_logs_them(slow: tuple[Path, Keys]) -> None:
-    """Gradients of what trains: LoRA sends less than full tuning, and everything more than our own few words."""
-    full, lora = (seen(slow, f"logged_{method}")[0]["bytes"] for method in ("full", "lora"))
-    assert full > lora > 10 * seen(slow, "lora_2")[0]["bytes"]
+@pytest.mark.parametrize("cell", OTHERS_SLOW)
+def test_every_architecture_equals_one_plain_worker(slow: tuple[Path, Keys], cell: str) -> None:
+    method, architecture, _ = OTHERS_SLOW[cell]
+    assert_equal_to_plain(
+        slow, cell, method, reference=f"plain_{method}_{architecture}", model_name_or_path=model_of(slow, architecture)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("cell", LONG)
+def test_forty_updates_equal_one_plain_worker(slow: tuple[Path, Keys], cell: str) -> None:
+    method, _ = LONG[cell]
+    assert_equal_to_plain(slow, cell, method, reference=f"plain_long_{method}", max_steps=LONG_UPDATES)
+    assert len(seen(slow, cell)[0]["losses"]) == LONG_UPDATES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_a_damaged_part_under_fsdp2_too(slow: tuple[Path, Keys]) -> None:
+    assert_damage_is_told(slow, "fsdp2", "weights-00001-of-00002.safetensors", "fsdp2_undisturbed")
+
+
+ELASTIC = ("full", "lora", "badam")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_an_elastic_run_under_fsdp2_is_one_run_whatever_workers_it_has(world: tuple[Path, Keys]) -> None:
+    """Two workers, then one, then two again: all that a worker does, without Ray."""
+    parts: dict[str, list[Seen]] = {method: [] for method in ELASTIC}
+    for attempt, (workers, stop_at) in enumerate(((2, 2), (1, 4), (2, None))):
+        cells: dict[str, Keys] = {}
+        stops: dict[str, int] = {}
+        for method in ELASTIC:
+            name = f"elastic_{method}_{attempt}"
+            own = {"sharding": "fsdp2", "ray_num_workers": [1, 2], "ray_run_name": f"elastic_{method}"}
+            cells[name] = METHODS[method] | own | {"save_strategy": "steps"}
+            stops |= {} if stop_at is None else {name: stop_at}
+        train(world, workers, cells, stops)
+        for method in ELASTIC:
+            parts[method].append(seen(world, f"elastic_{method}_{attempt}", workers))
+    for method, attempts in parts.items():
+        assert all("error" not in rank for ranks in attempts for rank in ranks), attempts
+        assert [len(ranks[0]["losses"]) for ranks in attempts][:2] == [3, 2]
+        lines = plain(world, f"plain_{method}", METHODS[method])
+        losses = [loss for ranks in attempts for loss in ranks[0]["losses"]]
+        assert losses == pytest.approx([line["loss"] for line in lines], abs=1e-5)
+        for (ranks, after), before in zip(((attempts[1], 1), (attempts[2], 2)), (2, 1), strict=True):
+            told = " ".join(ranks[0]["messages"])
+            assert f"written by {before} worker{'s' if before > 1 else ''} and {after} continue" in told
+        model = Path(world[1]["model_name_or_path"])
+        assert_weights_equal(world, f"elastic_{method}", f"plain_{method}", model)
 
 
 @pytest.mark.slow

@@ -43,13 +43,16 @@ def zero(stage: int, **more: object) -> Keys:
     return {"zero_optimization": {"stage": stage, **parts, **more}}
 
 
+LOGGED: Keys = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}}
+"""Lets DeepSpeed say what it sends."""
+
 QUICK = {
     "full_2": ("full", 2),
     "full_3": ("full", 3),
     "lora_3": ("lora", 3),
     "badam_3": ("badam", 3),
 }
-"""Cells in fp32: method and stage."""
+"""Cells in fp32: method and stage. What they send is counted."""
 
 SLOW = {
     **{
@@ -64,3 +67,20 @@ SLOW = {
     **{f"{method}_3": (method, 3) for method in ("pissa_dora", "additional", "recomputed", "best", "badam_random")},
 }
 """The rest of them."""
+
+LONG = {"long_full_2": ("full", 2), "long_full_3": ("full", 3), "long_badam_3": ("badam", 3)}
+"""As long as the rules of exactness ask for (E2)."""
+LONG_UPDATES = 40
+
+OTHERS_QUICK = {
+    "full_gpt2_2": ("full", "gpt2", 2),
+    "full_qwen2_tied_3": ("full", "qwen2_tied", 3),
+    "full_qwen3_moe_3": ("full", "qwen3_moe", 3),
+}
+"""Cells on another architecture than the small Llama: method, architecture and stage."""
+OTHERS_SLOW = {
+    name: (method, architecture, stage)
+    for architecture in ("qwen2_tied", "gpt2", "qwen3_moe")
+    for method, stage in (("full", 2), ("full", 3), ("lora", 2), ("lora", 3), ("badam", 3))
+    if (name := f"{method}_{architecture}_{stage}") not in OTHERS_QUICK
+}

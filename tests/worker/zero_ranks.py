@@ -7,12 +7,17 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.comm.comm import comms_logger
 from tests.worker.alone import Gathered
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tunefleet.artifacts.claim import claim_run
 from tunefleet.artifacts.folder import RunFolder
@@ -55,27 +60,56 @@ def own_memory() -> int:
 
 
 class Watching(Reporter):
-    """A reporter that looks at the bytes that a rank keeps, after each update."""
+    """A reporter that looks at the bytes that a rank keeps after each update, and at those that it sent for it."""
 
     kept: list[dict[str, int]]
+    sent: list[dict[str, int]]
     trainee: Trainee
     peak: Peak
 
     def open(self, trainee: Trainee, *rest: Any) -> Any:
         self.peak.stop()
-        self.trainee, self.kept = trainee, []
-        return super().open(trainee, *rest)
+        self.trainee, self.kept, self.sent = trainee, [], []
+        opened = super().open(trainee, *rest)
+        self._before = bytes_counted(trainee)
+        return opened
 
     def stepped(self, *args: Any) -> None:
+        counted = bytes_counted(self.trainee)
+        sent = {name: number - self._before.get(name, 0) for name, number in counted.items()}
+        self.sent.append({name: number for name, number in sent.items() if number})
         self.kept.append(bytes_kept(self.trainee))
         super().stepped(*args)
+        self._before = bytes_counted(self.trainee)  # the figures of a line have been sent as well
+
+
+def bytes_counted(trainee: Trainee) -> dict[str, int]:
+    """Bytes that this rank has handed to collectives: as the engine counts, and by DeepSpeed's log of each kind."""
+    logged = comms_logger.get_raw_data().items()
+    kinds = {kind: sum(size * calls[0] for size, calls in sizes.items()) for kind, sizes in logged}
+    return kinds | {"engine": trainee.engine.bytes_sent}
+
+
+def harm(folder: Path, how: dict[str, str]) -> None:
+    """Flip a bit in the middle of a checkpoint's file; or make a copy where it is cut short, and sealed as if whole."""
+    checkpoint = folder / how["checkpoint"]
+    file = checkpoint / how["file"]
+    content = bytearray(file.read_bytes())
+    if "copy" in how:
+        loose = folder / "loose"
+        place(checkpoint).download(loose)
+        (loose / how["file"]).write_bytes(content[: len(content) // 2])
+        place(folder / how["copy"]).upload(loose)
+        return
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def bytes_kept(trainee: Trainee) -> dict[str, int]:
     """Bytes of the model's parameters on this rank, of the whole model's, and of the optimizer's state."""
     parameters = list(trainee.model.parameters())
-    own = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in map(part_of, parameters)}
-    whole = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters if p.numel()}
+    own = storages(local_part(part_of(parameter)) for parameter in parameters)
+    whole = storages(local_part(parameter.detach()) for parameter in parameters if parameter.numel())
     engine = trainee.engine
     state: dict[str, Any] = engine._optimizer_state() if isinstance(engine, ZeroEngine) else {"parts": []}
     tensors = [t for part in state["parts"] for t in part["state"].values() if isinstance(t, torch.Tensor)]
@@ -85,6 +119,17 @@ def bytes_kept(trainee: Trainee) -> dict[str, int]:
         "moments": sum(t.numel() * t.element_size() for t in tensors),
         "masters": sum(p["master"].numel() * p["master"].element_size() for p in state["parts"] if "master" in p),
     }
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows, where FSDP2 has shared a tensor out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The storages behind tensors, each once: its address and its bytes."""
+    found = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 def run(keys: dict[str, Any], root: Path, seat: Seat, stop_at: int | None) -> dict[str, Any]:
@@ -114,7 +159,7 @@ def run(keys: dict[str, Any], root: Path, seat: Seat, stop_at: int | None) -> di
         "kept": reporter.kept,
         "peak": reporter.peak.bytes,
         "planned": plan.model.model_dump(),
-        "bytes": reporter.trainee.engine.bytes_sent,
+        "sent": reporter.sent,
         "notices": [*notices, *plan.notices],
         "messages": [event.text for event in told.events if isinstance(event, Noticed)],
     }
@@ -125,6 +170,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     seat = Seat(rank, world, torch.device("cpu"), local_rank=rank)
     for name, cell in json.loads((folder / "cells.json").read_text()).items():
+        if "harm" in cell:
+            seat.from_leader(partial(harm, folder, cell["harm"]))
         seen = run(cell["keys"], folder, seat, cell.get("stop_at"))
         (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
         if "error" in seen and rank == 0:

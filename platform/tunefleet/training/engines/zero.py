@@ -129,9 +129,9 @@ class ZeroEngine(Ranks):
                 raise RunFailed(not_finite(step, float("inf")))
             return Applied(loss, float("inf"), False, wants_stop > 0)
         norm = float(self._deepspeed.get_global_grad_norm())
-        self._count_bytes()
         if self._turns is not None and self._turns.advance():
             self._wrap()
+        self._count_bytes()
         return Applied(loss, norm, True, wants_stop > 0)
 
     def _count_bytes(self) -> None:
@@ -177,7 +177,10 @@ class ZeroEngine(Ranks):
 
     @torch.no_grad()
     def load_weights(self, folder: Path, names: frozenset[str]) -> None:
-        stored = load_tensors(folder / WEIGHTS) if self.stage < 3 else self._load(folder, WEIGHTS, load_tensors)
+        if self.stage < 3:
+            stored: Mapping[str, Tensor] = self.read_together(lambda: load_tensors(folder / WEIGHTS))
+        else:
+            stored = self._load(folder, WEIGHTS, load_tensors)
         with self._only_parts():
             put(self._weights(names), stored)
 
@@ -235,11 +238,15 @@ class ZeroEngine(Ranks):
         return self.model
 
     def _load(self, folder: Path, name: str, reader: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Read this rank's file, once it is clear that every rank will find its own.
+        """Read this rank's file, once it is clear that every rank finds its own. Collective.
 
         Raises:
-            Refused: files are missing, or are those of another number of workers.
+            Refused: files are missing or damaged, or are those of another number of workers.
         """
+        return self.read_together(lambda: reader(self._own_file(folder, name)))
+
+    def _own_file(self, folder: Path, name: str) -> Path:
+        """Where this rank's part lies; refused as in `_load`."""
         stem, _, ending = name.rpartition(".")
         found = sorted(folder.glob(f"{stem}-*-of-*.{ending}"))
         if found and not found[0].stem.endswith(f"-of-{self.world}"):
@@ -251,16 +258,18 @@ class ZeroEngine(Ranks):
             path = folder / self._file_of(rank, name)
             if not path.is_file():
                 raise Refused(f"The checkpoint file {path} is missing: resume from another checkpoint.")
-        return reader(folder / self._file_of(self.rank, name))
+        return folder / self._file_of(self.rank, name)
 
     @contextmanager
     def _only_parts(self, *, renew: bool = True) -> Iterator[None]:
         """Inside, what stage 3 keeps whole is parted; afterwards it is whole again, as the parts say."""
         if self.stage == 3:
             zero_shards.forget_whole_copies(self._wrapped)
-        yield
-        if self.stage == 3 and renew:
-            zero_shards.renew_whole_copies(self._wrapped)
+        try:
+            yield
+        finally:  # also on a rank whose disk is full: the others are waiting for it
+            if self.stage == 3 and renew:
+                zero_shards.renew_whole_copies(self._wrapped)
 
     def _weights(self, names: frozenset[str]) -> dict[str, Tensor]:
         """This rank's parts of `names`, flat where they are parted, and all buffers."""
