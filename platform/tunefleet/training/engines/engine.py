@@ -36,11 +36,13 @@ class Engine(Protocol):
     optimizer: Optimizer
     rank: int
     world: int
-    bytes_sent: int
-    """Payload that this rank has handed to collectives so far."""
     lockstep: bool
     """Whether a forward or backward pass is collective: every rank then makes equally many, blank ones where its share
     of the samples is smaller, and each gradient is whole when its backward pass ends."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that this rank has handed to collectives so far."""
 
     @property
     def model(self) -> nn.Module:

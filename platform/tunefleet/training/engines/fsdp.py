@@ -217,7 +217,7 @@ class FsdpEngine(Ranks):
         else:
             pieces = [torch.empty_like(flat) for _ in range(self.world)] if self.rank == 0 else []
             dist.gather(flat, pieces or None, dst=0)
-            self.bytes_sent += flat.numel()
+            self.bytes_counted += flat.numel()
         if self.rank != 0:
             return None
         rows = [piece.view(local.dtype).view(span.chunk, *local.shape[1:]) for piece in pieces]
@@ -256,7 +256,7 @@ class _CountedAllGather(AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        self.ranks.bytes_sent += input_tensor.numel() * input_tensor.element_size()
+        self.ranks.bytes_counted += input_tensor.numel() * input_tensor.element_size()
         return cast(
             "dist.Work | None",
             dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op),
@@ -275,7 +275,7 @@ class _CountedReduceScatter(ReduceScatter):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
-        self.ranks.bytes_sent += input_tensor.numel() * input_tensor.element_size()
+        self.ranks.bytes_counted += input_tensor.numel() * input_tensor.element_size()
         return cast(
             "dist.Work | None",
             dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op),

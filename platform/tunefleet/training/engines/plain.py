@@ -107,7 +107,7 @@ class PlainEngine(Ranks):
             pieces = [p.grad.reshape(-1).float() for p in bucket if p.grad is not None]
             flat = torch.cat([*pieces, knowledge] if last else pieces)
             dist.all_reduce(flat)
-            self.bytes_sent += flat.numel() * flat.element_size()
+            self.bytes_counted += flat.numel() * flat.element_size()
             if last:
                 flat, knowledge = flat[: -len(knowledge)], flat[-len(knowledge) :]
             for parameter, piece in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):

@@ -21,15 +21,20 @@ class Ranks:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1
-        self.bytes_sent = 0
+        self.bytes_counted = 0
         self._device = device
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that this rank has handed to collectives so far."""
+        return self.bytes_counted
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of a small tensor over the ranks. Collective."""
         values = values.to(self._device)
         if self.world > 1:
             dist.all_reduce(values)
-            self.bytes_sent += values.numel() * values.element_size()
+            self.bytes_counted += values.numel() * values.element_size()
         return values.cpu()
 
     def gather(self, data: Tensor) -> list[Tensor]:
@@ -39,7 +44,7 @@ class Ranks:
         data = data.to(self._device)
         gathered = [torch.empty_like(data) for _ in range(self.world)]
         dist.all_gather(gathered, data)
-        self.bytes_sent += data.numel() * data.element_size()
+        self.bytes_counted += data.numel() * data.element_size()
         return [piece.cpu() for piece in gathered]
 
     def read_together(self, read: Callable[[], _T]) -> _T:
@@ -70,6 +75,6 @@ class Ranks:
         data = tensor.detach().contiguous()
         flat = data.reshape(-1).view(torch.uint8)
         dist.broadcast(flat, src=0)
-        self.bytes_sent += flat.numel()
+        self.bytes_counted += flat.numel()
         if data.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(data)

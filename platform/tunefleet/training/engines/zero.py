@@ -72,13 +72,13 @@ class ZeroEngine(Ranks):
         super().__init__(next(model.parameters()).device)
         self.model = model
         self.optimizer = optimizer
-        self._bytes_logged = _bytes_logged()
         self.stage: int = config["zero_optimization"]["stage"]
         self._config = config
         self._exported = exported
         self._fp16: bool = config["fp16"]["enabled"]
         self._turns = optimizer if isinstance(optimizer, InTurns) else None
         self._deepspeed: Any = None
+        self._bytes_before = _bytes_logged()
         self._wrap()
 
     def _wrap(self) -> None:
@@ -101,6 +101,10 @@ class ZeroEngine(Ranks):
     @property
     def _wrapped(self) -> zero_shards.Wrapped:
         return self._deepspeed.optimizer
+
+    @property
+    def bytes_sent(self) -> int:
+        return super().bytes_sent + _bytes_logged() - self._bytes_before
 
     def start(self) -> None:
         """Parameters come from rank 0 when DeepSpeed wraps them; buffers from here."""
@@ -131,13 +135,7 @@ class ZeroEngine(Ranks):
         norm = float(self._deepspeed.get_global_grad_norm())
         if self._turns is not None and self._turns.advance():
             self._wrap()
-        self._count_bytes()
         return Applied(loss, norm, True, wants_stop > 0)
-
-    def _count_bytes(self) -> None:
-        logged = _bytes_logged()
-        self.bytes_sent += logged - self._bytes_logged
-        self._bytes_logged = logged
 
     def _take_rates(self) -> None:
         """Give the learning rates of the method's groups to the groups of the present turn."""
