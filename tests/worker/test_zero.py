@@ -309,7 +309,12 @@ def test_zero_3_sends_gradients_of_what_trains_for_each_pass_and_gathers_weights
         assert sent["reduce_scatter_tensor"] == passes * size
         gathered.append((passes, sent["all_gather_into_tensor"]))
     # Before each pass, and before its way back, a rank gives its half of the weights; norms, kept whole, after it.
-    assert all(0 < one <= (passes * 2 * whole + 4 * 320) // 2 for passes, one in gathered)
+    # A turn that begins may gather once more what it trains, which is less than all of it.
+    most = [whole if cell == "badam_3" and update % 2 else 0 for update in range(len(gathered) // 2)] * 2
+    assert all(
+        0 < one <= (passes * 2 * whole + 4 * 320 + turn) // 2
+        for turn, (passes, one) in zip(most, gathered, strict=True)
+    )
     if cell == "full_3":
         passes, last = gathered[-1]
         assert last == (passes * 2 * (whole - 4 * 320) + 4 * 320) // 2
