@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +30,7 @@ from tests.contract.sharded_pair import (
     saved_alone,
 )
 from tests.contract.variants import FSDP2, VARIANTS
+from tests.group import run_group
 from tests.training.tiny import ARCHITECTURES, FP32, VOCABULARY, MemoryRows, Run, build, start
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -46,7 +44,6 @@ from tunefleet_strategies.contract import Precision
 from tunefleet_strategies.full import Full
 
 pytestmark = pytest.mark.timeout(700)  # the first test of a group waits for all of its cells
-ROOT = Path(__file__).resolve().parents[2]
 Seen = Callable[[Any], list[dict[str, Any]]]
 Begun = dict[tuple[str, str], tuple[list[float], torch.Tensor]]
 """Of a cell: losses, and how far the weights have come."""
@@ -58,16 +55,7 @@ BF16_CELLS = [
 
 
 def _pair(folder: Path, *more: str, module: str = "tests.contract.sharded_pair") -> list[dict[Any, Any]]:
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-m", module, str(rank), str(folder), *more] for rank in (0, 1)]
-    processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)[-6000:]
+    run_group([[module, str(rank), str(folder), *more] for rank in (0, 1)], seconds=600)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +17,17 @@ from tests.contract.pair import (
     train_cell,
 )
 from tests.contract.variants import SHARED
+from tests.group import run_group
 
 FP32_BYTES = 4
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What both ranks of one group saw, all cells."""
     folder = tmp_path_factory.mktemp("pair")
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    commands = [
-        [sys.executable, "-m", "tests.contract.pair", str(rank), str(folder / "meet"), str(folder / f"{rank}.pt")]
-        for rank in (0, 1)
-    ]
-    processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), errors
+    arguments = [[str(rank), str(folder / "meet"), str(folder / f"{rank}.pt")] for rank in (0, 1)]
+    run_group([["tests.contract.pair", *own] for own in arguments], seconds=200)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.group import run_group
 from tests.worker.alone import run_alone
 from tests.worker.slowed import EXTRA_SECONDS
 
@@ -27,25 +25,14 @@ from tunefleet.storage import place
 from tunefleet.worker.events import Event, Noticed
 from tunefleet.worker.pacing import SHOWN, peak_memory_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def pair(folder: Path, plan: Path, run: RunFolder) -> list[list[Event]]:
     """Let two processes make an attempt, and return what each would have told a driver."""
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
-    environment = os.environ | {"PYTHONPATH": path}
     mark = claim_run(run.claim)
     told = [folder / f"{rank}.pickle" for rank in (0, 1)]
-    commands = [
-        [sys.executable, "-m", "tests.worker.slowed", str(rank), str(folder / "meet"), str(plan), run.root.uri, mark]
-        for rank in (0, 1)
-    ]
-    processes = [
-        subprocess.Popen([*command, str(file)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for command, file in zip(commands, told, strict=True)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), errors
+    common = [str(folder / "meet"), str(plan), run.root.uri, mark]
+    ranks = [["tests.worker.slowed", str(rank), *common, str(file)] for rank, file in enumerate(told)]
+    run_group(ranks, seconds=200)
     return [pickle.loads(file.read_bytes()) for file in told]
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.group import run_group
 
 from tunefleet.storage import place
 
-ROOT = Path(__file__).resolve().parents[2]
 Said = list[dict[str, Any]]
 
 
@@ -21,12 +18,7 @@ Said = list[dict[str, Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have been."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-m", "tests.worker.ranks", str(rank), str(folder)] for rank in (0, 1)]
-    processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), errors
+    run_group([["tests.worker.ranks", str(rank), str(folder)] for rank in (0, 1)], seconds=240)
     return folder
 
 

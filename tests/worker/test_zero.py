@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.group import run_group
 from tests.training.deepspeed_files import FILES
 from tests.training.tiny import ARCHITECTURES, build
 from tests.worker.alone import run_alone
@@ -34,7 +32,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tunefleet.artifacts.metrics import read_metrics
 from tunefleet.recipe.read import read_flat
 
-ROOT = Path(__file__).resolve().parents[2]
 Seen = list[dict[str, Any]]
 """What each rank saw of a cell."""
 
@@ -91,15 +88,10 @@ def train(
     }
     (folder / "cells.json").write_text(json.dumps(written))
     (folder / "meet").unlink(missing_ok=True)
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "platform", "strategies"))
     # What is freed goes back to the system at once, so that memory in use is what is alive.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **malloc}
-    module = [sys.executable, "-m", "tests.worker.zero_ranks"]
-    commands = [[*module, str(rank), str(workers), str(folder)] for rank in range(workers)]
-    processes = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate(timeout=900)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), [error[-3000:] for error in errors]
+    ranks = [["tests.worker.zero_ranks", str(rank), str(workers), str(folder)] for rank in range(workers)]
+    run_group(ranks, seconds=900, environment=malloc)
 
 
 def own_names(folder: Path, name: str) -> Keys:
