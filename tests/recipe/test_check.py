@@ -78,6 +78,7 @@ def line(key: str, value: object) -> str:
         ("resources_per_worker", {"cpu": 1}, "cpu is no resource of Ray's: write CPU"),
         ("placement_strategy", "PACKED", "did you mean placement_strategy: PACK?"),
         ("ray_init_kwargs", "{", "is text that is not JSON"),
+        ("elastic_resize_monitor_interval_s", 5, "5 must be at least 25"),
         ("ray_run_name", "a/b", "has characters or a length"),
         ("deepspeed", 7, "7 is not text or a mapping"),
         ("resume_from_checkpoint", 3, "3 is not true or false or text"),

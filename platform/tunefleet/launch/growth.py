@@ -8,8 +8,6 @@ from tunefleet.launch.cluster import alive_nodes
 from tunefleet.plan import WorkerPlan
 
 LOOK_SECONDS = 2.0
-SETTLED_SECONDS = 25.0
-"""Ray's own list of what workers may be placed on is up to 20 s old."""
 
 
 class Growth:
@@ -21,7 +19,7 @@ class Growth:
             patience_seconds: how long a node must have been there before it is worth a new start.
         """
         self._workers = workers
-        self._patience_seconds = max(patience_seconds, SETTLED_SECONDS)
+        self._patience_seconds = patience_seconds
         self._looked = 0.0
         self._nodes: frozenset[str] = frozenset()
         self._since = 0.0

@@ -225,8 +225,8 @@ class RaySettings(Settings):
     )
     elastic_resize_monitor_interval_s: float = Field(
         60.0,
-        gt=0,
-        description="Seconds that a node must be there before an elastic run starts anew to use it; at least 25.",
+        ge=25,  # Ray's own list of what workers may be placed on is up to 20 s old
+        description="Seconds that a node must be there before an elastic run starts anew to use it.",
     )
     ddp_timeout: int = Field(1800, ge=1, description="Seconds that a worker waits for the others.")
 
