@@ -135,3 +135,10 @@ def test_what_is_no_address_is_told_as_that() -> None:
     nonsense = RaySettings(ray_address="nonsense")
     with pytest.raises(Refused, match="ray_address: nonsense is no address"), ray_session(nonsense):
         pass
+
+
+def test_an_argument_that_ray_does_not_take_is_a_fault_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = RaySettings(ray_init_kwargs={"num_cups": 2})
+    with pytest.raises(Refused, match="num_cups.*: correct ray_init_kwargs"), ray_session(settings):
+        pass

@@ -174,6 +174,8 @@ def _init(options: Mapping[str, Any]) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
+        if "keyword argument" in str(error):
+            raise _refused_arguments(first_line(error)) from error
         raise Refused(
             f"No Ray cluster answers at {options['address']} ({first_line(error)}): start one with "
             f"`ray start --head`, or leave ray_address out to run on this machine."

@@ -23,7 +23,7 @@ def main() -> None:
         _answer("refused", str(error))
         return
     except (ConnectionError, RuntimeError) as error:
-        _answer("failed", str(error))
+        _answer("refused" if "keyword argument" in str(error) else "failed", str(error))
         return
     _answer("address", ray.get_runtime_context().gcs_address)
     sys.stdin.read()
