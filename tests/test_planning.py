@@ -239,7 +239,11 @@ def test_parts_of_a_cpu_are_counted_without_rounding_down() -> None:
     ("keys", "said"),
     [
         ({"ray_num_workers": 5}, ["ray_num_workers: 5", "(4 CPU, 0 GPU)", "ray_num_workers: 4 does"]),
-        ({"resources_per_worker": {"GPU": 1}}, ["1 GPU", "0 GPU", "make resources_per_worker smaller"]),
+        ({"resources_per_worker": {"GPU": 1}}, ["1 GPU", "0 GPU", "no node offers GPU, so correct or remove it"]),
+        (
+            {"resources_per_worker": {"CPU": 1, "fpga": 1, "tape": 2}},
+            ["1 CPU, 1 fpga, 2 tape", "(4 CPU, 0 GPU, 0 fpga, 0 tape)", "no node offers fpga or tape"],
+        ),
         ({"resources_per_worker": {"CPU": 9}}, ["9 CPU", "make resources_per_worker smaller"]),
         ({"ray_num_workers": [5, 8]}, ["ray_num_workers: [5, 8]", "ray_num_workers: 4 does"]),
         (

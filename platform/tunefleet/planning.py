@@ -254,10 +254,8 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
     strategy = recipe.ray.placement_strategy
     room = cluster.fits(request, strategy)
     if room < least and not cluster.may_grow:
-        raise Refused(
-            f"{_does_not_fit(shown, request, strategy, cluster)}: "
-            + (f"at most ray_num_workers: {room} does." if room else "make resources_per_worker smaller.")
-        )
+        mend = f"at most ray_num_workers: {room} does" if room else _smaller(request, cluster)
+        raise Refused(f"{_does_not_fit(shown, request, strategy, cluster)}: {mend}.")
     gpus = request.get("GPU", 0.0)
     if 0 < gpus < 1 and count > 1 and strategy != "STRICT_SPREAD":
         raise Refused(
@@ -277,10 +275,16 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
 def _does_not_fit(count: int | str, request: Mapping[str, float], strategy: str, cluster: ClusterShape) -> str:
     wanted = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
     laid_out = f" and placement_strategy: {strategy}" if strategy.startswith("STRICT") else ""
-    return (
-        f"ray_num_workers: {count} with {wanted} for each worker{laid_out} does not fit on the cluster "
-        f"({cluster.cpus:g} CPU, {cluster.gpus:g} GPU)"
-    )
+    there = ", ".join(f"{cluster.amount(name):g} {name}" for name in dict.fromkeys(("CPU", "GPU", *request)))
+    return f"ray_num_workers: {count} with {wanted} for each worker{laid_out} does not fit on the cluster ({there})"
+
+
+def _smaller(request: Mapping[str, float], cluster: ClusterShape) -> str:
+    """The mend for a worker that no node holds: a resource of a name that none of them has is often a misspelt one."""
+    unknown = [name for name, amount in request.items() if amount > 0 and cluster.amount(name) == 0]
+    if unknown:
+        return f"no node offers {' or '.join(unknown)}, so correct or remove it in resources_per_worker"
+    return "make resources_per_worker smaller"
 
 
 def _room_notices(recipe: Recipe, workers: WorkerPlan, cluster: ClusterShape) -> list[str]:

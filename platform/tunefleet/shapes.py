@@ -19,13 +19,16 @@ class NodeShape:
     cpus: float
     gpus: float = 0.0
     others: Mapping[str, float] | None = None
-    """Custom resources by name."""
+    """By name: bytes of `memory`, and custom resources."""
 
     def fits(self, request: Mapping[str, float]) -> int:
         """How many workers of this size the machine holds."""
-        offered = {"CPU": self.cpus, "GPU": self.gpus, **(self.others or {})}
         asked = {name: amount for name, amount in request.items() if amount > 0}
-        return min((int(offered.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items()), default=0)
+        return min((int(self.amount(name) / amount + 1e-9) for name, amount in asked.items()), default=0)
+
+    def amount(self, resource: str) -> float:
+        """How much of a resource the machine offers, by Ray's name of it."""
+        return {"CPU": self.cpus, "GPU": self.gpus, **(self.others or {})}.get(resource, 0.0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class ClusterShape:
     @property
     def gpus(self) -> float:
         return sum(node.gpus for node in self.nodes)
+
+    def amount(self, resource: str) -> float:
+        """How much of a resource the machines offer together, by Ray's name of it."""
+        return sum(node.amount(resource) for node in self.nodes)
 
     def fits(self, request: Mapping[str, float], placement_strategy: str = "PACK") -> int:
         """How many workers of this size the machines hold when they are laid out so."""

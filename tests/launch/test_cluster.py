@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -35,10 +36,12 @@ def test_this_machine_has_the_cpus_that_the_process_may_use() -> None:
 def test_what_ray_is_told_of_the_machine_counts() -> None:
     written = {"num_cpus": 7, "num_gpus": 0, "resources": {"fast_disk": 2}}
     shape = local_shape(RaySettings(ray_init_kwargs=written))
-    assert shape.nodes == (NodeShape(cpus=7, gpus=0, others={"fast_disk": 2}),)
+    memory = psutil.virtual_memory().total
+    assert shape.nodes == (NodeShape(cpus=7, gpus=0, others={"memory": memory, "fast_disk": 2}),)
     assert shape.fits({"CPU": 2}) == 3
     assert shape.fits({"CPU": 1, "fast_disk": 1}) == 2
     assert shape.fits({"CPU": 1, "slow_disk": 1}) == 0
+    assert shape.fits({"CPU": 2, "memory": memory / 2}) == 2, "Ray counts bytes of memory by this name"
 
 
 def test_null_means_as_ray_would_count() -> None:
@@ -73,12 +76,11 @@ def test_the_recipe_names_the_cluster_before_the_environment(
     assert cluster_address(RaySettings(ray_address=written)) == address
 
 
-def test_custom_resources_of_a_node_are_those_that_ray_does_not_make() -> None:
+def test_a_node_offers_what_a_worker_can_ask_for() -> None:
     found = _node_shape(
         {"CPU": 4.0, "GPU": 1.0, "memory": 1e9, "object_store_memory": 1e8, "node:10.0.0.1": 1.0, "fast_disk": 2.0}
     )
-    assert found == NodeShape(cpus=4, gpus=1, others={"fast_disk": 2})
-    assert _node_shape({"memory": 1e9}) == NodeShape(cpus=0, gpus=0, others={})
+    assert found == NodeShape(cpus=4, gpus=1, others={"memory": 1e9, "fast_disk": 2})
 
 
 # ---- our code on its nodes ------------------------------------------------------------------------------------------
@@ -140,5 +142,5 @@ def test_what_is_no_address_is_told_as_that() -> None:
 def test_an_argument_that_ray_does_not_take_is_a_fault_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     settings = RaySettings(ray_init_kwargs={"num_cups": 2})
-    with pytest.raises(Refused, match="num_cups.*: correct ray_init_kwargs"), ray_session(settings):
+    with pytest.raises(Refused, match=r"num_cups.*: correct ray_init_kwargs"), ray_session(settings):
         pass

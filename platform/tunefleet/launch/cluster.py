@@ -28,7 +28,7 @@ from tunefleet.hardware import Hardware, local_cpu, local_gpu
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import TRIAL_DRIVER, ClusterShape, NodeShape
 
-_BUILT_IN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+_COUNTED_APART = ("CPU", "GPU", "object_store_memory")  # the last is nothing that a worker can ask for
 
 _ASKING_SECONDS = 30.0
 """How long a GPU that others may hold is asked what it can do."""
@@ -260,7 +260,10 @@ def local_shape(settings: RaySettings) -> ClusterShape:
         node = NodeShape(
             cpus=float(written.get("num_cpus", _own_cpus())),
             gpus=float(written.get("num_gpus", count)),
-            others={name: float(amount) for name, amount in written.get("resources", {}).items()},
+            others={
+                "memory": float(written.get("_memory", psutil.virtual_memory().total)),  # at most: Ray keeps some of it
+                **{name: float(amount) for name, amount in written.get("resources", {}).items()},
+            },
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise Refused(
@@ -293,9 +296,9 @@ def alive_nodes() -> dict[str, NodeShape]:
 
 
 def _node_shape(resources: Mapping[str, float]) -> NodeShape:
-    custom = {
+    others = {
         name: amount
         for name, amount in resources.items()
-        if name not in _BUILT_IN_RESOURCES and not name.startswith("node:")
+        if name not in _COUNTED_APART and not name.startswith("node:")
     }
-    return NodeShape(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), others=custom)
+    return NodeShape(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), others=others)
