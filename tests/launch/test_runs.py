@@ -310,20 +310,49 @@ def test_another_checkpoint_than_the_last_time_starts_there(folder: RunFolder, w
     assert steps(folder) == [5]
 
 
-@pytest.mark.parametrize("harm", ["short", "unsealed", "absent"])
-def test_a_damaged_checkpoint_is_refused(folder: RunFolder, weights: Path, tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("short", "is not whole (state.bin"),
+        ("changed", "is not whole (the content of state.bin changed): name another checkpoint"),
+        ("unsealed", "is not whole (complete.json is missing"),
+        ("absent", "is not there: correct the path"),
+        ("last", "is at step 5, and the run ends at step 5: raise max_steps"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["first", "second"])
+def test_a_checkpoint_that_is_no_beginning_is_refused_and_costs_the_run_nothing(
+    folder: RunFolder, weights: Path, tmp_path: Path, harm: str, said: str, whose: str
+) -> None:
+    updates = 5 if harm == "last" else 100
+    open_run(planned(tmp_path, max_steps=updates), folder)
+    save(folder, weights, 5, 10)
+    save(RunFolder(place(tmp_path / "store" / "second")), weights, 5)
+    named = tmp_path / "store" / whose / "checkpoints" / step_name(5)
+    if harm == "short":
+        (named / "state.bin").write_bytes(b"")
+    elif harm == "changed":
+        (named / "state.bin").write_bytes(b"0123456780")
+    elif harm == "unsealed":
+        (named / "complete.json").unlink()
+    elif harm == "absent":
+        named = named.with_name(step_name(7))
+    sentence = refusal(planned(tmp_path, max_steps=updates, resume_from_checkpoint=str(named)), folder)
+    assert f"resume_from_checkpoint {named} {said}" in sentence
+    assert steps(folder) == [5, 10]
+
+
+def test_a_run_goes_on_when_the_checkpoint_that_it_began_at_is_gone(
+    folder: RunFolder, weights: Path, tmp_path: Path
+) -> None:
+    """As save_total_limit removes it once there is a newer one."""
     open_run(planned(tmp_path), folder)
     save(folder, weights, 5, 10)
-    own = Path(folder.checkpoints.path) / step_name(5)
-    if harm == "short":
-        (own / "state.bin").write_bytes(b"")
-    elif harm == "unsealed":
-        (own / "complete.json").unlink()
-    else:
-        own = own.with_name(step_name(7))
-    sentence = refusal(planned(tmp_path, resume_from_checkpoint=str(own)), folder)
-    assert f"resume_from_checkpoint {own} is not whole" in sentence
-    assert "name another checkpoint" in sentence
+    plan = planned(tmp_path, resume_from_checkpoint=f"store/first/checkpoints/{step_name(5)}", save_total_limit=1)
+    open_run(plan, folder)
+    save(folder, weights, 10)
+    folder.checkpoints.child(step_name(5)).delete()
+    assert open_run(plan, folder) == ["The run first goes on from step 10."]
 
 
 @pytest.mark.parametrize("name", ["store/first", "last", "store/first/checkpoints/step_5"])

@@ -188,15 +188,12 @@ def _other_rounding(plan: Plan, folder: RunFolder) -> list[str]:
 
 
 def _named_checkpoint(plan: Plan) -> Place | None:
-    """The checkpoint that the recipe names, seen to be whole."""
+    """The checkpoint that the recipe names; whether it is whole matters only to who begins there."""
     wish = plan.recipe.run.resume_from_checkpoint
     if not isinstance(wish, str):
         return None
     named = place(wish, base=Path(plan.place.root))
     step_of(named)
-    problem = named.problem()
-    if problem is not None:
-        raise Refused(f"resume_from_checkpoint {named.uri} is not whole ({problem}): name another checkpoint.")
     return named
 
 
@@ -215,7 +212,12 @@ def _began_from(folder: RunFolder, origin: Place) -> bool:
 
 
 def _begin_from(origin: Place, plan: Plan, folder: RunFolder, started: bool) -> None:
-    """Go another way from a checkpoint of this run, or begin at one of another run."""
+    """Go another way from a checkpoint of this run, or begin at one of another run.
+
+    Raises:
+        Refused: the checkpoint is not there, not whole, or leaves nothing to do.
+    """
+    _refuse_useless(origin, plan)
     if origin.path.startswith(f"{folder.checkpoints.path}/"):
         if started:
             _refuse_differences(plan, folder)
@@ -225,6 +227,22 @@ def _begin_from(origin: Place, plan: Plan, folder: RunFolder, started: bool) -> 
     else:
         _clear(folder)
     folder.record.child(_ORIGIN).write_text(json.dumps(origin.uri))
+
+
+def _refuse_useless(origin: Place, plan: Plan) -> None:
+    """See that a run can begin at a checkpoint, before anything is cleared away for it."""
+    named = f"resume_from_checkpoint {origin.uri}"
+    if not origin.exists():
+        raise Refused(f"{named} is not there: correct the path.")
+    problem = origin.problem(hashes=origin.local_path is not None)  # a remote one is hashed when it is downloaded
+    if problem is not None:
+        raise Refused(f"{named} is not whole ({problem}): name another checkpoint.")
+    step, updates = step_of(origin), plan.batch.updates
+    if updates is not None and step >= updates:
+        raise Refused(
+            f"{named} is at step {step}, and the run ends at step {updates}: raise max_steps or num_train_epochs, or "
+            f"name an earlier checkpoint."
+        )
 
 
 def _clear(folder: RunFolder) -> None:
