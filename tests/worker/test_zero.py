@@ -18,7 +18,7 @@ from tests.worker.alone import run_alone
 from tests.worker.zero_cells import (
     LOGGED,
     LONG,
-    LONG_UPDATES,
+    LONG_KEYS,
     METHODS,
     OTHERS_QUICK,
     OTHERS_SLOW,
@@ -394,8 +394,7 @@ def slow(world: tuple[Path, Keys]) -> tuple[Path, Keys]:
     cells["badam_mixed"] = METHODS["badam"] | {"deepspeed": zero(3), "bf16": True}
     cells["badam_pure"] = METHODS["badam"] | {"deepspeed": zero(3), "bf16": None, "pure_bf16": True}
     cells |= others(world, OTHERS_SLOW)
-    long = {"max_steps": LONG_UPDATES}
-    cells |= {name: METHODS[method] | {"deepspeed": zero(stage)} | long for name, (method, stage) in LONG.items()}
+    cells |= {name: METHODS[method] | {"deepspeed": zero(stage)} | LONG_KEYS for name, (method, stage) in LONG.items()}
     cells |= {"fsdp2_undisturbed": {"sharding": "fsdp2"}} | damaged("fsdp2", {"sharding": "fsdp2"})
     train(world, 2, cells, {"damaged_fsdp2_stopped": 4}, harms("fsdp2", "weights-00001-of-00002.safetensors"))
     return world
@@ -468,8 +467,8 @@ def test_every_architecture_equals_one_plain_worker(slow: tuple[Path, Keys], cel
 @pytest.mark.parametrize("cell", LONG)
 def test_forty_updates_equal_one_plain_worker(slow: tuple[Path, Keys], cell: str) -> None:
     method, _ = LONG[cell]
-    assert_equal_to_plain(slow, cell, method, reference=f"plain_long_{method}", max_steps=LONG_UPDATES)
-    assert len(seen(slow, cell)[0]["losses"]) == LONG_UPDATES
+    assert_equal_to_plain(slow, cell, method, reference=f"plain_long_{method}", **LONG_KEYS)
+    assert len(seen(slow, cell)[0]["losses"]) == LONG_KEYS["max_steps"]
 
 
 @pytest.mark.slow
