@@ -52,10 +52,12 @@ def submit(
 ) -> None:
     """Run a recipe as a job of a cluster, from here: code, recipe and small local data travel."""
     root = Path.cwd()
+    from tunefleet.launch.parcel import parcel, refuse_outside
+
+    refuse_outside(recipe, root)
     read = _common(recipe, overrides or [], tune)
     from tunefleet.launch.jobs import Order, connect, environment_of
     from tunefleet.launch.jobs import submit as send
-    from tunefleet.launch.parcel import parcel
 
     packed = parcel(read, root)
     order = Order(

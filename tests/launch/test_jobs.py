@@ -6,68 +6,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import yaml
-from tests.job_server import Head, job_server
+from tests.job_server import Desk, Give, job_server
+from tests.launch.conftest import UPDATES
 
 from tunefleet.errors import Refused
-from tunefleet.launch.jobs import Order, connect, entrypoint_of, environment_of
-
-UPDATES, SAVE_STEPS = 40, 10
-
+from tunefleet.launch.jobs import Order, entrypoint_of, environment_of
 
 # ---- before anything is sent ----------------------------------------------------------------------------------------
-
-
-class Shop(BaseHTTPRequestHandler):
-    """Some other service: it answers everything, and knows nothing of Ray. `/old` is a cluster of long ago."""
-
-    def do_GET(self) -> None:
-        old = self.path.startswith("/old")
-        content = b'{"version": "4", "ray_version": "2.9.3", "ray_commit": "x"}' if old else b"<html>Welcome</html>"
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        return
-
-
-@pytest.fixture
-def shop() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), Shop)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("127.0.0.1:6379", "is no URL of a dashboard"),
-        ("ray://127.0.0.1:10001", "is no URL of a dashboard"),
-        ("http://127.0.0.1:9", "Nothing answers at http://127.0.0.1:9"),
-    ],
-)
-def test_an_address_without_a_dashboard_is_refused(address: str, said: str) -> None:
-    with pytest.raises(Refused, match=said):
-        connect(address)
-
-
-def test_another_service_and_another_ray_are_refused(shop: str) -> None:
-    with pytest.raises(Refused, match="is no Ray dashboard"):
-        connect(shop)
-    with pytest.raises(Refused, match=r"runs Ray 2\.9\.3 and this machine"):
-        connect(f"{shop}/old")
 
 
 def shell(command: str, environment: Mapping[str, str]) -> tuple[int, str, str]:
@@ -102,88 +51,45 @@ def test_words_of_the_command_line_stay_words() -> None:
 # ---- a real head ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with job_server(tmp_path_factory.mktemp("head")) as started:
-        yield started
-
-
-class Desk:
-    """A person's folder, with a recipe and its data, and the commands that are given there."""
-
-    def __init__(self, folder: Path, head: Head) -> None:
-        self.folder, self.head = folder, head
-
-    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
-        program = str(Path(sys.executable).with_name("tunefleet"))
-        return subprocess.Popen(
-            [program, *words, "--address", self.head.url],
-            cwd=self.folder,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def give(self, *words: str, **environment: str) -> tuple[int, str]:
-        process = self.start(*words, **environment)
-        text, _ = process.communicate(timeout=240)
-        return process.returncode, text
-
-    @property
-    def storage(self) -> Path:
-        return self.folder / "storage"
-
-
-@pytest.fixture
-def desk(head: Head, tmp_path: Path, tiny_model: Path, quickstart_world: Path) -> Desk:
-    """Data beside the recipe, of which a few rows travel; the model is where the cluster has it."""
-    rows = (quickstart_world / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:48]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    keys = {
-        "model_name_or_path": str(tiny_model),
-        "dataset": "rows.jsonl",
-        "cutoff_len": 64,
-        "finetuning_type": "lora",
-        "per_device_train_batch_size": 2,
-        "max_steps": UPDATES,
-        "save_steps": SAVE_STEPS,
-        "logging_steps": 1,
-        "report_to": "none",
-        "output_dir": "out",
-        "ray_run_name": "sent",
-        "ray_storage_path": str(tmp_path / "storage"),
-        "ray_num_workers": 1,
-        "resources_per_worker": {"CPU": 1},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
-    return Desk(tmp_path, head)
-
-
 @pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_recipe_runs_as_a_job_and_its_model_is_fetched(desk: Desk) -> None:
-    code, text = desk.give("submit", "recipe.yaml", "seed=3")
+def test_one_job_is_followed_to_its_model_and_one_is_stopped(desk: Desk, give: Give) -> None:
+    """The second one starts beside the first; while it is under way, another job of its run is refused."""
+    at = ("--address", desk.head.url)
+    long = ("submit", "recipe.yaml", "ray_run_name=halted", "max_steps=4000", "--no-wait", *at)
+    code, text = give(*long)
+    assert (code, "tunefleet jobs logs halted-1 --address" in text) == (0, True), text
+
+    code, text = give("submit", "recipe.yaml", "seed=3", *at)
     assert code == 0, text
     assert "sent-1 (1 local files" in text
     assert f"step {UPDATES}/{UPDATES}" in text
     record = desk.storage / "sent" / "record"
     assert json.loads((record / "record.json").read_text())["recipe"]["seed"] == 3
-    program = str(Path(sys.executable).with_name("tunefleet"))
-    fetched = subprocess.run(
-        [program, "fetch", "sent", "--to", "home", "--storage", str(desk.storage)], cwd=desk.folder, check=True
-    )
-    assert fetched.returncode == 0
+    assert give("fetch", "sent", "--to", "home", "--storage", str(desk.storage))[0] == 0
     assert (desk.folder / "home" / "adapter_model.safetensors").is_file()
 
-    code, text = desk.give("jobs", "list")
-    assert (code, "sent-1" in text, "succeeded" in text) == (0, True, True)
-    code, text = desk.give("submit", "recipe.yaml")  # finished: refused by the job itself
-    assert code == 2, text
-    assert "is finished" in text
-    code, text = desk.give("jobs", "status", "nobody")
+    code, text = give(*long)
+    assert (code, "is under way already, as job halted-1" in text) == (2, True), text
+    desk.await_line("halted-1", "step 5/4000")
+    assert give("jobs", "stop", "halted-1", *at)[0] == 0
+    code, text = give("jobs", "logs", "halted-1", *at)
+    assert (code, "Stopped at step" in text) == (143, True), text
+    (checkpoint,) = (desk.storage / "halted" / "checkpoints").glob("step_*")
+    assert f"Stopped at step {int(checkpoint.name.removeprefix('step_'))}" in text
+
+    code, text = give("jobs", "list", *at)
+    assert (code, *(word in text for word in ("sent-1", "succeeded", "halted-1", "stopped"))) == (0, *[True] * 4)
+    code, text = give("jobs", "status", "nobody", *at)
     assert (code, "knows no job nobody" in text) == (2, True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_finished_run_is_refused_by_its_job(desk: Desk) -> None:
+    words = ("submit", "recipe.yaml", "ray_run_name=done", "max_steps=2")
+    assert desk.give(*words)[0] == 0
+    code, text = desk.give(*words)
+    assert (code, "done-2" in text, "is finished" in text) == (2, True, True), text
 
 
 @pytest.mark.ray
@@ -191,7 +97,7 @@ def test_a_recipe_runs_as_a_job_and_its_model_is_fetched(desk: Desk) -> None:
 @pytest.mark.timeout(600)
 def test_detached_stopped_and_sent_again(desk: Desk) -> None:
     """Ctrl-C leaves the job alone, a second one of the run is refused, a stopped one goes on when it is sent again."""
-    long = ("max_steps=4000", "save_steps=50")
+    long = ("ray_run_name=left", "max_steps=4000", "save_steps=50")
     process = desk.start("submit", "recipe.yaml", *long)
     assert process.stdout is not None
     for line in process.stdout:
@@ -203,27 +109,19 @@ def test_detached_stopped_and_sent_again(desk: Desk) -> None:
     assert "Detached; the job goes on" in rest
 
     code, text = desk.give("submit", "recipe.yaml", *long)
-    assert (code, "is under way already, as job sent-1" in text) == (2, True), text
-    assert desk.give("jobs", "stop", "sent-1")[0] == 0
-    code, text = desk.give("jobs", "logs", "sent-1")
+    assert (code, "is under way already, as job left-1" in text) == (2, True), text
+    assert desk.give("jobs", "stop", "left-1")[0] == 0
+    code, text = desk.give("jobs", "logs", "left-1")
     assert code == 143, text
     assert "Stopped at step" in text
 
-    checkpoints = desk.storage / "sent" / "checkpoints"
+    checkpoints = desk.storage / "left" / "checkpoints"
     newest = max(int(one.name.removeprefix("step_")) for one in checkpoints.iterdir())
     code, text = desk.give("submit", "recipe.yaml", *long, "--no-wait")
-    assert (code, "sent-2" in text) == (0, True), text
-    until = time.monotonic() + 60
-    while f"goes on from step {newest}" not in text and time.monotonic() < until:
-        time.sleep(1)
-        text = _logs_so_far(desk, "sent-2")
-    assert f"goes on from step {newest}" in text
-    assert desk.give("jobs", "stop", "sent-2")[0] == 0
-    assert desk.give("jobs", "logs", "sent-2")[0] == 143
-
-
-def _logs_so_far(desk: Desk, job: str) -> str:
-    return connect(desk.head.url).get_job_logs(job)
+    assert (code, "left-2" in text) == (0, True), text
+    desk.await_line("left-2", f"goes on from step {newest}")
+    assert desk.give("jobs", "stop", "left-2")[0] == 0
+    assert desk.give("jobs", "logs", "left-2")[0] == 143
 
 
 @pytest.mark.ray

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import ray
 import requests
@@ -22,6 +23,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, and it
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
+from urllib3.exceptions import MaxRetryError
 
 import tunefleet
 import tunefleet_strategies
@@ -76,7 +78,7 @@ def connect(address: str) -> Client:
     Raises:
         Refused: no Ray dashboard answers there, it wants another token, or its Ray is another.
     """
-    if not address.startswith(("http://", "https://")):
+    if not _is_url(address):
         raise Refused(
             f"--address {address} is no URL of a dashboard: write one such as http://HEAD:8265 (a host with port 6379 "
             f"is for `tunefleet train --address`)."
@@ -88,13 +90,20 @@ def connect(address: str) -> Client:
     try:
         told = requests.get(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS)
         version = None if told.status_code in (401, 403) else str(told.json()["ray_version"])
+    except requests.exceptions.Timeout as error:
+        raise Refused(
+            f"No answer came from {address} for {_ANSWER_SECONDS:g} s: see that it is the head's dashboard (port 8265) "
+            f"and that it is reached from here, and try again."
+        ) from error
     except requests.exceptions.ConnectionError as error:
+        if not isinstance(error.args[0], MaxRetryError) or isinstance(error, requests.exceptions.SSLError):
+            raise Refused(_about_no_dashboard(address)) from error  # somebody answers, in another language
         raise Refused(
             f"Nothing answers at {address}: give the address of the head's dashboard (port 8265), and see that it is "
             f"reached from here (`kubectl port-forward`, a tunnel)."
         ) from error
     except (requests.exceptions.RequestException, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"What answers at {address} is no Ray dashboard: give the head's, whose port is 8265.") from error
+        raise Refused(_about_no_dashboard(address)) from error
     if version is not None and version.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise Refused(
             f"The cluster at {address} runs Ray {version} and this machine {ray.__version__}: install ray=={version} "
@@ -106,6 +115,18 @@ def connect(address: str) -> Client:
         raise Refused(_about_the_token(address)) from error
     except (RuntimeError, ConnectionError, requests.exceptions.RequestException) as error:
         raise Refused(f"The job server at {address} does not answer as it should ({first_line(error)}).") from error
+
+
+def _is_url(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # as of a port that is no number
+        return False
+
+
+def _about_no_dashboard(address: str) -> str:
+    return f"What answers at {address} is no Ray dashboard: give the address of the head's, whose port is 8265."
 
 
 def _choose_authentication() -> None:

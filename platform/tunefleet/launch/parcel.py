@@ -38,6 +38,20 @@ class Parcel:
         shutil.copyfile(recipe, folder / RECIPE_FILE)
 
 
+def refuse_outside(recipe: Path, root: Path) -> None:
+    """See that a recipe lies where the command is given, since that is where its relative paths start.
+
+    Raises:
+        Refused: it lies elsewhere.
+    """
+    if not recipe.exists() or recipe.resolve().is_relative_to(root.resolve()):
+        return
+    raise Refused(
+        f"{recipe} lies outside of {root}, where its relative paths would start and whose files travel with the job: "
+        f"give the command in the recipe's folder or one above it."
+    )
+
+
 def parcel(recipe: Recipe, root: Path) -> Parcel:
     """Find out what a recipe needs of this machine.
 
@@ -45,8 +59,14 @@ def parcel(recipe: Recipe, root: Path) -> Parcel:
         root: the folder that relative paths start from.
 
     Raises:
-        Refused: a path leads out of `root`, too much would travel, or what the run leaves would go with the job.
+        Refused: a path leads out of `root`, too much would travel, what the run leaves would go with the job, or the
+            recipe names a cluster.
     """
+    if recipe.ray.ray_address is not None:
+        raise Refused(
+            f"ray_address: {recipe.ray.ray_address} names a cluster, and the job runs on that of --address: remove it, "
+            f"or write ray_address=null behind the recipe."
+        )
     _refuse_passing_storage(recipe)
     found: dict[Path, Path] = {}
     for key, path in _named(recipe, root):
