@@ -379,7 +379,9 @@ def pod(tmp_path: Path) -> Path:
         pytest.skip("no right to make a namespace of processes")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ray").write_text("#!/bin/bash\nls saved 2>&1 >> calls; echo $* >> calls\n")
-    (tmp_path / "bin" / "tunefleet").write_text(DRIVER)
+    (tmp_path / "jobs").mkdir()
+    for driver in ("bin/tunefleet", "tunefleet.py", "jobs/train.py"):
+        (tmp_path / driver).write_text(DRIVER)
     (tmp_path / "bin" / "ray").chmod(0o755)
     return tmp_path
 
@@ -392,8 +394,12 @@ def run_in(pod: Path, before: str, hook: str) -> list[str]:
     return (pod / "calls").read_text().splitlines()
 
 
-def test_a_head_that_is_ended_waits_for_its_drivers_to_save(pod: Path) -> None:
-    driver = f"{sys.executable} {pod}/bin/tunefleet train /etc/r.yaml & while [ ! -e up ]; do sleep 0.1; done"
+@pytest.mark.parametrize(
+    "command",
+    ["bin/tunefleet train /etc/r.yaml", "-m tunefleet tune recipe.yaml seed=1", "jobs/train.py jobs/lora_sft.yaml"],
+)
+def test_a_head_that_is_ended_waits_for_its_drivers_to_save(pod: Path, command: str) -> None:
+    driver = f"{sys.executable} {command} & while [ ! -e up ]; do sleep 0.1; done"
     assert run_in(pod, driver, LEAVE_HEAD) == ["saved", "stop"]
 
 

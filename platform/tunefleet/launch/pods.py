@@ -48,9 +48,11 @@ _USER = 1000
 _HEALTH_PORT = 52365
 """Ray's agent on each node; its health is answered without a token."""
 
+_DRIVERS = "(bin/|-m )tunefleet (train|tune) |jobs/(train|tune)[.]py "
+"""Command lines of drivers: a pod's own, those of `tunefleet submit`, and those of a clone's scripts."""
 LEAVE_HEAD = (
-    "pkill -TERM -f 'bin/tunefleet (train|tune) '; "
-    f"for second in $(seq {STOP_SECONDS}); do pgrep -f 'bin/tunefleet (train|tune) ' > /dev/null || break; sleep 1; "
+    f"pkill -TERM -f -- '{_DRIVERS}'; "
+    f"for second in $(seq {STOP_SECONDS}); do pgrep -f -- '{_DRIVERS}' > /dev/null || break; sleep 1; "
     "done; ray stop || true"
 )
 """Ask the drivers to save and stop, and wait for them."""
