@@ -1,6 +1,7 @@
 """Make the quickstart's world from what a Python installation holds: text, a tokenizer and a model. No download.
 
-    python jobs/prepare_quickstart.py [--to .quickstart] [--small]
+    python jobs/prepare_quickstart.py [--to .quickstart] [--base] [--small]
+    ray job submit --working-dir . -- python jobs/prepare_quickstart.py [--to /mnt/shared/.quickstart]
 
 The text is the standard library's own documentation strings, read from the running interpreter. What is written:
 
@@ -9,8 +10,11 @@ The text is the standard library's own documentation strings, read from the runn
     data/corpus.jsonl     plain text of the training modules, for `stage: pt`
     data/dataset_info.json
     init/                 a small Llama with random weights, and its tokenizer
+    base/                 with --base: the same after pre-training (jobs/pretrain.yaml), where all other recipes begin
 
-The same interpreter gives the same files, byte for byte. `--small` makes a tenth of it, for tests.
+The same interpreter gives the same files, byte for byte. `--small` makes a tenth of it, for tests. A job that Ray has
+shipped to a cluster keeps it all below `ray_storage_path` (as it is by default, ~/tunefleet), since its own folder goes
+with it, and pre-trains as well: nothing can be brought there by hand.
 """
 
 from __future__ import annotations
@@ -287,12 +291,45 @@ def prepare(to: Path, size: Size) -> str:
     )
 
 
+def pretrain(to: Path, size: Size) -> None:
+    """Train the base model, unless it is there. Ends this program with the command's exit code if that is not 0."""
+    base = to / "base"
+    if (base / "run.json").is_file():  # written last
+        print(f"{base} is there (remove it to pre-train again).")
+        return
+    places = {
+        "model_name_or_path": to / "init",
+        "dataset_dir": to / "data",
+        "output_dir": base,
+        "ray_storage_path": to / "runs",
+    }
+    words = [f"{key}={json.dumps(str(place))}" for key, place in places.items()]
+    words.append("overwrite_output_dir=true")
+    if size is SMALL:
+        words.append("max_steps=30")
+    done = subprocess.run([sys.executable, JOBS / "train.py", JOBS / "pretrain.yaml", *words], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
 def main() -> None:
+    sys.path.insert(0, str(JOBS.parent / "platform"))
+    from tunefleet.launch.job_folder import QUICKSTART, is_shipped, kept_folder  # found by the line above
+
+    shipped = is_shipped()
+    here = kept_folder() / QUICKSTART if shipped else Path(QUICKSTART)
     parser = argparse.ArgumentParser(description="Make the quickstart's text, tokenizer and model.")
-    parser.add_argument("--to", type=Path, default=Path(".quickstart"), help="folder to write to")
+    parser.add_argument("--to", type=Path, default=here, help="folder to write to")
+    parser.add_argument(
+        "--base", action=argparse.BooleanOptionalAction, default=shipped, help="pre-train the base model too"
+    )
     parser.add_argument("--small", action="store_true", help="a tenth of everything, for tests")
     arguments = parser.parse_args()
-    print(prepare(arguments.to, SMALL if arguments.small else FULL))
+    size = SMALL if arguments.small else FULL
+    print(prepare(arguments.to, size), flush=True)
+    if arguments.base:
+        pretrain(arguments.to.expanduser().resolve(), size)
+    print(arguments.to)
 
 
 if __name__ == "__main__":

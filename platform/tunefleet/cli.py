@@ -97,12 +97,28 @@ def _only_the_answer() -> Iterator[None]:
 
 
 def _read(path: Path, overrides: list[str] | None, address: str | None = None) -> Recipe:
+    from tunefleet.launch.job_folder import refuse_left_at_home
     from tunefleet.recipe.read import read_recipe
 
-    written = list(overrides or [])
-    if address is not None:
-        written.append(f"ray_address={address}")
-    return read_recipe(path, written)
+    refuse_left_at_home(path)
+    words = _words(overrides, address)
+    read = read_recipe(path, words)
+    more = _settled(path, words)
+    return read_recipe(path, [*words, *more]) if more else read
+
+
+def _words(overrides: list[str] | None, address: str | None) -> list[str]:
+    return [*(overrides or []), *([] if address is None else [f"ray_address={address}"])]
+
+
+def _settled(path: Path, words: list[str]) -> tuple[str, ...]:
+    """What is laid over a recipe, because of where it runs."""
+    from tunefleet.launch.job_folder import settled
+
+    found = settled(path, words, Path.cwd())
+    for notice in found.notices:
+        print_plain(errors, notice)
+    return found.words
 
 
 @app.command()
@@ -128,7 +144,10 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
 @app.command()
 def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
     """Search: many trials of a recipe with a `tune:` block. The same command goes on with one that was interrupted."""
-    written = [*(overrides or []), *([] if address is None else [f"ray_address={address}"])]
+    from tunefleet.launch.job_folder import refuse_left_at_home
+
+    refuse_left_at_home(recipe)
+    written = _words(overrides, address)
     with ExitStack() as stack:
         server = None
         if _wants_warm_hosts(recipe, written):
@@ -138,6 +157,8 @@ def tune(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
         from tunefleet.recipe.tune import read_search
 
         search = read_search(recipe, written)
+        more = _settled(recipe, written)
+        search = read_search(recipe, [*written, *more]) if more else search
         from tunefleet.search.live import open_search_display
         from tunefleet.search.tuner import tune as run
 

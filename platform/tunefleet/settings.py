@@ -1,8 +1,11 @@
-"""The base of every model that owns recipe keys."""
+"""The base of every model that owns recipe keys, and the default that is needed without them."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+
+DEFAULT_STORAGE = "~/tunefleet"
+"""`ray_storage_path` where it is not written."""
 
 
 class Settings(BaseModel):

@@ -15,7 +15,8 @@ import tunefleet
 import tunefleet_strategies
 from tunefleet.errors import Refused
 from tunefleet.hardware import local_cpu
-from tunefleet.launch.cluster import _JOB_CONFIG, _node_shape, _runtime_env, cluster_address, local_shape, ray_session
+from tunefleet.launch.cluster import _node_shape, _runtime_env, cluster_address, local_shape, ray_session
+from tunefleet.launch.job_folder import JOB_CONFIG
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import NodeShape
 
@@ -87,13 +88,13 @@ def test_a_node_offers_what_a_worker_can_ask_for() -> None:
 
 
 def test_our_code_travels_to_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_JOB_CONFIG, raising=False)
+    monkeypatch.delenv(JOB_CONFIG, raising=False)
     assert _runtime_env({}) == {"py_modules": OURS}
     assert all((Path(folder) / "__init__.py").is_file() for folder in OURS)
 
 
 def test_what_the_recipe_says_of_the_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_JOB_CONFIG, raising=False)
+    monkeypatch.delenv(JOB_CONFIG, raising=False)
     written = {"runtime_env": {"env_vars": {"A": "b"}}}
     assert _runtime_env(written) == {"env_vars": {"A": "b"}, "py_modules": OURS}
     assert written == {"runtime_env": {"env_vars": {"A": "b"}}}, "the recipe's own mapping stays as it is"
@@ -113,14 +114,14 @@ def test_what_the_recipe_says_of_the_environment_is_kept(monkeypatch: pytest.Mon
 def test_a_submitted_job_that_brought_our_code_is_not_sent_it_again(
     monkeypatch: pytest.MonkeyPatch, job: dict[str, object], brings: bool
 ) -> None:
-    monkeypatch.setenv(_JOB_CONFIG, json.dumps(job))
+    monkeypatch.setenv(JOB_CONFIG, json.dumps(job))
     assert ("py_modules" in _runtime_env({})) is not brings
 
 
 def test_the_variable_of_a_job_is_the_one_that_ray_sets() -> None:
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-    assert RAY_JOB_CONFIG_JSON_ENV_VAR == _JOB_CONFIG
+    assert RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_CONFIG
 
 
 def test_an_address_where_nobody_listens_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:

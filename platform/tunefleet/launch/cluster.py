@@ -25,6 +25,7 @@ import tunefleet
 import tunefleet_strategies
 from tunefleet.errors import Refused, RunFailed, first_line
 from tunefleet.hardware import Hardware, local_cpu, local_gpu
+from tunefleet.launch.job_folder import job_environment
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import TRIAL_DRIVER, ClusterShape, NodeShape
 
@@ -48,9 +49,6 @@ _LONGEST_END_SECONDS = 30.0
 
 _KNOCKING_SECONDS = 10.0
 """How long nobody may listen at a cluster's address."""
-
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Where Ray tells a submitted job's script its own runtime environment."""
 
 
 def cluster_address(settings: RaySettings) -> str | None:
@@ -222,8 +220,7 @@ def _runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:
     `py_modules: []`, which Ray itself does not take, says that the cluster has it.
     """
     own: dict[str, Any] = dict(options.get("runtime_env") or {})
-    job = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
-    if "py_modules" not in own and "py_modules" not in job.get("runtime_env", {}):
+    if "py_modules" not in own and "py_modules" not in job_environment():
         own["py_modules"] = [str(Path(package.__path__[0])) for package in (tunefleet, tunefleet_strategies)]
     return {key: value for key, value in own.items() if not (key == "py_modules" and value == [])}
 

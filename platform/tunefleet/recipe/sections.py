@@ -13,7 +13,7 @@ from tunefleet.data.settings import DataSettings, Pieces
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
 from tunefleet.secret_names import is_secret
-from tunefleet.settings import Settings
+from tunefleet.settings import DEFAULT_STORAGE, Settings
 from tunefleet.stores import refuse_credentials
 from tunefleet.training.settings import TrainingSettings
 from tunefleet_strategies.contract import Strategy
@@ -194,7 +194,7 @@ class RaySettings(Settings):
         "PACK", description="How workers are laid over the nodes of the cluster."
     )
     ray_storage_path: StorePath = Field(
-        "~/tunefleet",
+        DEFAULT_STORAGE,
         min_length=1,
         description="A folder or URI (s3://, gs://, hdfs://) that every node reaches; it holds the truth of runs.",
     )
