@@ -27,6 +27,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model/tokenizer/x.json": "{}",
         "plain.jsonl": '{"text": "c"}\n',
         "ds.json": "{}",
+        "one/adapter_config.json": "{}",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -61,6 +62,8 @@ def test_what_a_recipe_names_relatively_travels_and_nothing_else(root: Path) -> 
     assert travels(root, model_name_or_path="org/name", deepspeed="ds.json") == index | {"ds.json"}
     assert travels(root, model_name_or_path="org/name", deepspeed="zero2") == index
     assert "data/others.jsonl" in travels(root, eval_dataset="o")
+    adapters = {"finetuning_type": "lora", "adapter_name_or_path": "one,two"}
+    assert travels(root, model_name_or_path="org/name", **adapters) == index | {"one/adapter_config.json"}
 
 
 def test_the_parcel_lies_as_it_lay(root: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells a submitted job's script its own runtime environment."""
 QUICKSTART = ".quickstart"
 _STORAGE = "ray_storage_path"
-_READ = ("model_name_or_path", "adapter_name_or_path", "dataset_dir", "resume_from_checkpoint")
+_READ = ("model_name_or_path", "dataset_dir", "resume_from_checkpoint")
 """Keys that name what must be there before a run."""
 _PREPARE = "python jobs/prepare_quickstart.py"
 

@@ -101,9 +101,12 @@ def _refuse_passing_storage(recipe: Recipe) -> None:
 
 def _named(recipe: Recipe, root: Path) -> Iterator[tuple[str, Path]]:
     """The relative paths that a recipe names and that are there, with the key of each."""
-    settings = recipe.data
-    if _is_relative(recipe.model.model_name_or_path) and (root / recipe.model.model_name_or_path).exists():
-        yield "model_name_or_path", Path(recipe.model.model_name_or_path)
+    settings, adapters = recipe.data, recipe.flat().get("adapter_name_or_path")
+    models = [("model_name_or_path", recipe.model.model_name_or_path)]
+    models += [("adapter_name_or_path", str(name)) for name in adapters] if isinstance(adapters, list) else []
+    for key, name in models:
+        if _is_relative(name) and (root / name).exists():
+            yield key, Path(name)
     deepspeed = recipe.training.deepspeed
     if isinstance(deepspeed, str) and deepspeed not in NAMED and _is_relative(deepspeed):
         yield "deepspeed", Path(deepspeed)
