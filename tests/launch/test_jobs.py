@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.job_server import Desk, Give, job_server
-from tests.launch.conftest import UPDATES
+from tests.launch.conftest import UPDATES, write_recipe
 
 from tunefleet.errors import Refused
 from tunefleet.launch.jobs import Order, entrypoint_of, environment_of
@@ -139,13 +139,19 @@ def test_a_job_that_cannot_start_is_explained(desk: Desk) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_token_is_asked_for_and_taken(tmp_path: Path) -> None:
+def test_a_token_is_asked_for_and_taken(tmp_path: Path, tiny_model: Path, quickstart_world: Path) -> None:
+    write_recipe(tmp_path, tiny_model, quickstart_world)
     with job_server(tmp_path, token="a" * 32) as guarded:
         desk = Desk(tmp_path, guarded)
         none = {"HOME": str(tmp_path / "empty"), "RAY_AUTH_MODE": "disabled"}
         code, text = desk.give("jobs", "list", **none)
         assert (code, "wants a token" in text) == (2, True), text
-        code, text = desk.give("jobs", "list", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="b" * 32)
+        code, text = desk.give("jobs", "list", RAY_AUTH_TOKEN="b" * 32)
         assert (code, "does not take this machine's token" in text) == (2, True), text
-        code, text = desk.give("jobs", "list", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
+        code, text = desk.give("jobs", "list")
         assert (code, "No job was submitted" in text) == (0, True), text
+        code, text = desk.give("submit", "recipe.yaml")
+        assert (code, f"step {UPDATES}/{UPDATES}" in text) == (0, True), text
+        held = ("ray_run_name=held", "--driver-resource", "trial_driver=1", "--pending-timeout", "3")
+        code, text = desk.give("submit", "recipe.yaml", *held)
+        assert (code, "no node has trial_driver" in text) == (1, True), text
