@@ -10,10 +10,11 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import requests
 from tests.s3_server import free_port
 
@@ -81,8 +82,7 @@ def job_server(
             _await(url, head)
             yield Head(url, home, token)
         finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(timeout=60)
+            _end(head)
 
 
 class Desk:
@@ -139,6 +139,18 @@ def _await(url: str, head: subprocess.Popen[bytes]) -> None:
             pass
         time.sleep(0.2)
     raise AssertionError("the job server did not answer")
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    """End a head and all that it has started, the jobs of a test that broke off among them."""
+    own: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        own = psutil.Process(head.pid).children(recursive=True)
+    head.send_signal(signal.SIGTERM)
+    head.wait(timeout=60)
+    for left in own:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
 
 
 def bare_environment(folder: Path) -> Path:
