@@ -52,6 +52,8 @@ def test_words_of_the_command_line_stay_words() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_one_job_is_followed_to_its_model_and_one_is_stopped(desk: Desk, give: Give) -> None:
     """The second one starts beside the first; while it is under way, another job of its run is refused."""
     at = ("--address", desk.head.url)
