@@ -236,7 +236,7 @@ def assert_damage_is_told(world: tuple[Path, Keys], engine: str, file: str, undi
     """
     for rank in seen(world, f"damaged_{engine}_named"):
         assert rank["error"].startswith("Refused: ")
-        assert f"is damaged (the content of {file} changed): name another checkpoint." in rank["error"]
+        assert f"is not whole (the content of {file} changed): name another checkpoint." in rank["error"]
     told = [rank["error"] for rank in seen(world, f"damaged_{engine}_sealed")]
     assert all(one.startswith("Refused: ") and "\n" not in one for one in told)
     assert f"{file} is damaged" in told[1]
@@ -310,6 +310,13 @@ def test_zero_3_sends_gradients_of_what_trains_for_each_pass_and_gathers_weights
     if cell == "full_3":
         passes, last = gathered[-1]
         assert last == (passes * 2 * (whole - 4 * 320) + 4 * 320) // 2
+
+
+@pytest.mark.parametrize("cell", ["full_3", "badam_3"])
+def test_an_update_leaves_no_gradient_for_the_next(quick: tuple[Path, Keys], cell: str) -> None:
+    """A parameter that the next update does not touch would be stepped by it again."""
+    for rank in seen(quick, cell):
+        assert rank["left"] == [0.0] * len(rank["losses"])
 
 
 def test_bf16_is_near_fp32(quick: tuple[Path, Keys]) -> None:

@@ -60,16 +60,20 @@ def own_memory() -> int:
 
 
 class Watching(Reporter):
-    """A reporter that looks at the bytes that a rank keeps after each update, and at those that it sent for it."""
+    """A reporter that looks at the bytes that a rank keeps after each update, and at those that it sent for it.
+
+    Also at what an update leaves of its gradients.
+    """
 
     kept: list[dict[str, int]]
     sent: list[dict[str, int]]
+    left: list[float]
     trainee: Trainee
     peak: Peak
 
     def open(self, trainee: Trainee, *rest: Any) -> Any:
         self.peak.stop()
-        self.trainee, self.kept, self.sent = trainee, [], []
+        self.trainee, self.kept, self.sent, self.left = trainee, [], [], []
         opened = super().open(trainee, *rest)
         self._before = bytes_counted(trainee)
         return opened
@@ -79,6 +83,7 @@ class Watching(Reporter):
         sent = {name: number - self._before.get(name, 0) for name, number in counted.items()}
         self.sent.append({name: number for name, number in sent.items() if number})
         self.kept.append(bytes_kept(self.trainee))
+        self.left.append(gradients_left(self.trainee))
         super().stepped(*args)
         self._before = bytes_counted(self.trainee)  # the figures of a line have been sent as well
 
@@ -88,6 +93,15 @@ def bytes_counted(trainee: Trainee) -> dict[str, int]:
     logged = comms_logger.get_raw_data().items()
     kinds = {kind: sum(size * calls[0] for size, calls in sizes.items()) for kind, sizes in logged}
     return kinds | {"engine": trainee.engine.bytes_sent}
+
+
+def gradients_left(trainee: Trainee) -> float:
+    """The largest entry where ZeRO-3 adds gradients up, between two updates."""
+    engine = trainee.engine
+    if not isinstance(engine, ZeroEngine) or engine.stage < 3:
+        return 0.0
+    buffer: Tensor = engine._wrapped.grad_partitions_flat_buffer
+    return float(buffer.abs().max())
 
 
 def harm(folder: Path, how: dict[str, str]) -> None:
@@ -160,6 +174,7 @@ def run(keys: dict[str, Any], root: Path, seat: Seat, stop_at: int | None) -> di
         "peak": reporter.peak.bytes,
         "planned": plan.model.model_dump(),
         "sent": reporter.sent,
+        "left": reporter.left,
         "notices": [*notices, *plan.notices],
         "messages": [event.text for event in told.events if isinstance(event, Noticed)],
     }
