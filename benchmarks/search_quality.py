@@ -204,9 +204,9 @@ PARTS = {"methods": methods, "asha": asha}
 def main() -> int:
     """Run, print, keep; 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description="What searches find, beside what trying everything finds.")
-    parser.add_argument("part", nargs="*", choices=list(PARTS), help="only these (all)")
-    reached = True
-    for part in parser.parse_args().part or PARTS:
+    parser.add_argument("part", nargs="?", choices=list(PARTS), help="only this one (both)")
+    asked, reached = parser.parse_args().part, True
+    for part in PARTS if asked is None else [asked]:
         text, record, good = PARTS[part]()
         reached = reached and good
         print(f"\n{text}\n{'goals reached' if good else 'GOALS MISSED'}", flush=True)

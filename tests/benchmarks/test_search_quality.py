@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
+import search_quality
 import yaml
 from search_quality import GRID, GRID_KEYS, RECIPE, Beside, beside, default_branch, rates, whole
 
@@ -50,3 +56,21 @@ def test_asha_is_set_beside_the_grid() -> None:
     grid = [trial(1.0, 50), trial(2.0, 50), trial(4.0, 50)]
     stopped = [trial(1.5, 10, "stopped"), trial(1.0, 50)]
     assert beside(grid, stopped) == Beside(best=1.0, middle=2.0, found=1.0, steps=60, all_steps=150)
+
+
+@pytest.mark.parametrize(("written", "run"), [([], ["methods", "asha"]), (["asha"], ["asha"])])
+def test_a_part_may_be_named(
+    written: list[str], run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def part(name: str) -> tuple[str, dict[str, Any], bool]:
+        ran.append(name)
+        return name, {}, name == "asha"
+
+    monkeypatch.setattr(search_quality, "PARTS", {name: partial(part, name) for name in ("methods", "asha")})
+    monkeypatch.setattr(search_quality, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["search_quality.py", *written])
+    assert search_quality.main() == (0 if written else 1)
+    assert ran == run
+    assert sorted(file.name for file in tmp_path.glob("*.md")) == sorted(f"search_{name}.md" for name in run)
