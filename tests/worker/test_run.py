@@ -10,19 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.worker.alone import Finished, run_alone
+from tests.worker.alone import Finished, Gathered, run_alone
 from tests.worker.under_ray import METHODS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tunefleet.artifacts.claim import claim_run
+from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.metrics import TIMING_FIELDS, Line, read_metrics
 from tunefleet.artifacts.record import read_attempts
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.launch.cluster import local_shape
 from tunefleet.launch.draft import draft
+from tunefleet.plan import Plan
 from tunefleet.recipe.read import read_flat
+from tunefleet.storage import place
 from tunefleet.worker.build import open_data
 from tunefleet.worker.events import Evaluated, Logged, Noticed, Saved, Started, Stepped
-from tunefleet.worker.run import is_due
+from tunefleet.worker.job import Job
+from tunefleet.worker.run import is_due, run_worker
+from tunefleet.worker.seat import Seat
 
 Run = Callable[..., Finished]
 
@@ -223,3 +229,31 @@ def test_a_checkpoint_of_another_model_is_refused(run: Run) -> None:
     other = run(ray_run_name="other", stop_at=2, lora_rank=4)
     with pytest.raises(Refused, match="does not belong to this run"):
         run(resume_from_checkpoint=str(part(other, "checkpoints", "step_00000003")))
+
+
+class Around:
+    """One worker's surroundings, where nobody is."""
+
+    def take_seat(self, plan: Plan) -> Seat:
+        return Seat(0, 1, torch.device("cpu"))
+
+    def post(self, seat: Seat) -> Gathered:
+        return Gathered()
+
+    def gauges(self, job: Job, seat: Seat) -> None:
+        return None
+
+    def listen(self) -> None:
+        """Nobody sends a signal."""
+
+
+def test_an_attempt_that_could_leave_no_note_of_its_end_is_the_last(keys: dict[str, object], tmp_path: Path) -> None:
+    """Raising would have Ray start the next one, which would know nothing of this one: for ever at max_failures: -1."""
+    recipe = read_flat(keys)
+    plan = draft(recipe, local_shape(recipe.ray), tmp_path)
+    folder = RunFolder(place(tmp_path / "run"))
+    job = Job(plan, folder, "tunefleet train recipe.yaml", claim_run(folder.claim))
+    (tmp_path / "run" / "record").write_text("a file in place of the folder")
+    ending = run_worker(job, Around())
+    assert ending["failed"]
+    assert f"The run's folder {tmp_path / 'run'} cannot be written to ([Errno 20] Not a directory" in ending["why"]

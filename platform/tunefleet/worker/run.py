@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tunefleet.artifacts.claim import Claim
-from tunefleet.errors import RunFailed, Superseded
+from tunefleet.errors import RunFailed, Superseded, first_line
 from tunefleet.plan import Plan
 from tunefleet.worker.build import Trainee, build, open_data
 from tunefleet.worker.events import Arrived
@@ -51,7 +51,7 @@ def run_worker(job: Job, around: Surroundings) -> Ending:
     post = around.post(seat)
     post.send(Arrived())
     try:
-        past = seat.from_leader(lambda: failures(job.folder.record, job.mark))
+        past = seat.from_leader(lambda: _past(job))
     except RunFailed as error:  # the storage, which no note can be left in either
         return {"failed": True, "why": str(error)}
     if hopeless(past):
@@ -70,6 +70,24 @@ def run_worker(job: Job, around: Surroundings) -> Ending:
         if failure.final and seat.world == 1:
             return {"failed": True} if noted else {"failed": True, "why": failure.message}
         raise
+
+
+def _past(job: Job) -> list[Failure]:
+    """What the attempts of this command died of.
+
+    Raises:
+        RunFailed: the record takes no note, so attempts that die of that would know nothing of each other for ever.
+    """
+    try:
+        trial = job.folder.record.child("failures", job.mark, "trial")
+        trial.write_text("")
+        trial.delete()
+        return failures(job.folder.record, job.mark)
+    except OSError as error:
+        raise RunFailed(
+            f"The run's folder {job.folder.root.uri} cannot be written to ({first_line(error)}): see to its rights and "
+            f"its room; the same command goes on from the newest checkpoint."
+        ) from error
 
 
 def _noted(failure: Failure, job: Job) -> bool:
