@@ -151,6 +151,18 @@ def test_a_command_that_comes_later_takes_the_run_over(recipe: Recipe, tmp_path:
     assert not (run / "model").exists()
 
 
+def test_a_run_whose_folder_is_removed_on_the_way_is_told_so(recipe: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def before_writing(path: str) -> None:
+        if "step_00000004" in path and path.endswith("optimizer.pt"):
+            (run / "claim.json").unlink()
+
+    with pytest.raises(Superseded, match=r"claim\.json is gone, so somebody has removed the run's folder"):
+        run_alone(recipe, tmp_path, storage=slow_place(run, before_writing))
+    assert checkpoints(run) == ["step_00000002"]
+
+
 def test_of_several_attempts_the_newest_may_write(tmp_path: Path) -> None:
     note = place(tmp_path / "claim.json")
     first, second = (Claim(note, mark) for mark in [claim_run(note)] * 2)

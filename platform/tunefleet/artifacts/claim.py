@@ -35,8 +35,9 @@ class Claim:
         Raises:
             Superseded: it has.
         """
-        if _written(self.place)[0] != self.command:
-            raise Superseded(self._sentence())
+        found = _written(self.place)
+        if found[0] != self.command:
+            raise Superseded(self._sentence(found))
         self.place.write_text(json.dumps([self.command, self.attempt]))
 
     def check(self) -> None:
@@ -45,10 +46,16 @@ class Claim:
         Raises:
             Superseded: somebody has.
         """
-        if _written(self.place) != [self.command, self.attempt]:
-            raise Superseded(self._sentence())
+        found = _written(self.place)
+        if found != [self.command, self.attempt]:
+            raise Superseded(self._sentence(found))
 
-    def _sentence(self) -> str:
+    def _sentence(self, found: list[str]) -> str:
+        if not found[0]:
+            return (
+                f"{self.place.uri} is gone, so somebody has removed the run's folder or what was in it, and this one "
+                f"ends: the same command goes on from what is left there."
+            )
         return "Another command has taken this run over, so this one ends: look for who else runs it."
 
 
