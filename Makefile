@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-slow chaos check bench bench-scaling bench-search bench-search-quality clean
+.PHONY: help install quickstart test test-gpu test-slow test-cluster chaos check bench bench-scaling bench-search bench-search-quality clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-20s %s\n' "$$name" "$$text"; done
@@ -25,7 +25,7 @@ quickstart: $(INSTALLED) ## Fine-tune a small model on this machine, from nothin
 	$(BIN)/python jobs/quickstart.py
 
 test: $(INSTALLED) ## Every test that takes less than a minute.
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not chaos'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not chaos and not cluster'
 
 test-gpu: $(INSTALLED) ## The tests that need a GPU; without one they say so and do nothing.
 	$(BIN)/python -m pytest -m gpu
@@ -34,7 +34,10 @@ chaos: $(INSTALLED) ## Twenty runs that are killed on the way: a table of what e
 	$(BIN)/python -m pytest -m chaos tests/chaos
 
 test-slow: $(INSTALLED) ## The long tests.
-	$(BIN)/python -m pytest -m 'slow and not gpu and not chaos'
+	$(BIN)/python -m pytest -m 'slow and not gpu and not chaos and not cluster'
+
+test-cluster: $(INSTALLED) ## Searches on Ray's own autoscaler, from no node to the most and back.
+	$(BIN)/python -m pytest -m cluster tests/search/autoscaled
 
 check: $(INSTALLED) ## Style, types, and which way imports point.
 	$(BIN)/ruff check .

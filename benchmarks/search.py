@@ -167,7 +167,7 @@ def run_own_way(file: Path) -> None:
     from tunefleet.launch.cluster import joined_shape
 
     folder = place(str(search.keys["ray_storage_path"])).child(str(search.keys["ray_run_name"]))
-    shop = Workshop(space, search.tune, search.keys, joined_shape(), REPOSITORY, folder)
+    shop = Workshop(space, search.tune, search.keys, joined_shape(space.common_recipe().ray), REPOSITORY, folder)
     book = Book(folder)
     for point in space.points():
         plan = shop.plan(point)

@@ -16,7 +16,7 @@ from tunefleet.recipe.read import read_flat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-GUIDES = [ROOT / "docs" / name for name in ("laptop.md", "ray-cluster.md", "kuberay.md", "kueue.md")]
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("laptop", "ray-cluster", "kuberay", "kueue", "autoscaled-search")]
 
 
 def blocks(page: Path, language: str) -> list[str]:

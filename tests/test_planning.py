@@ -15,10 +15,10 @@ from tunefleet.continuation import differences, mathematics
 from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
 from tunefleet.plan import Plan, batch_schedule
-from tunefleet.planning import _refuse_elastic, make_plan, planned_precision
+from tunefleet.planning import _refuse_elastic, make_plan, planned_precision, planned_workers
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
-from tunefleet.shapes import ClusterShape, DataShape, NodeShape, SplitShape
+from tunefleet.shapes import SINGLE_WORKER, ClusterShape, DataShape, NodeShape, NodeType, SplitShape, at_most
 from tunefleet_strategies.contract import (
     AttachContext,
     Domain,
@@ -651,6 +651,39 @@ def test_a_cluster_whose_nodes_may_come_later_is_waited_for() -> None:
     (told,) = [notice for notice in made.notices if "waits" in notice]
     assert "4 CPU" in told
     assert "ray_start_timeout: 77" in told
+
+
+SINGLE = NodeType("single", NodeShape(cpus=1, labels={SINGLE_WORKER: "true"}), most=3)
+PAIR = NodeType("pair", NodeShape(cpus=2), most=2)
+AUTOSCALED = ClusterShape(
+    at_most([NodeShape(cpus=0)], [SINGLE, PAIR]),
+    cpu=Hardware("cpu", bf16=True),
+    may_grow=True,
+    node_types=(SINGLE, PAIR),
+)
+
+
+def test_what_no_node_type_holds_is_refused_and_the_types_are_named() -> None:
+    """Ray itself would wait for such a node for ever."""
+    said = refusal(recipe(resources_per_worker={"CPU": 4}), AUTOSCALED)
+    assert "1 with 4 CPU for each worker does not fit on the cluster" in said
+    assert "its node types are single (1 CPU; at most 3), pair (2 CPU; at most 2)" in said
+    assert "at most ray_num_workers: 4 does" in refusal(recipe(ray_num_workers=8, **WORKERS), AUTOSCALED)
+    made = planned(AUTOSCALED, ray_num_workers=4, **WORKERS)
+    assert not any("waits" in notice for notice in made.notices), "the nodes are not there yet, and will be"
+
+
+def test_methods_of_one_worker_are_kept_to_the_nodes_that_are_kept_for_them() -> None:
+
+    def labels(cluster: ClusterShape, **keys: object) -> dict[str, str]:
+        return planned_workers(recipe(**{**WORKERS, **keys}), cluster).labels
+
+    ratio = {"use_badam": True, "badam_mode": "ratio"}
+    assert labels(AUTOSCALED, **ratio) == {SINGLE_WORKER: "true"}
+    assert labels(AUTOSCALED, ray_num_workers=2) == {SINGLE_WORKER: "!true"}
+    assert labels(AUTOSCALED, ray_num_workers=1) == {}, "goes where there is room"
+    assert labels(AUTOSCALED, **ratio, resources_per_worker={"CPU": 2}) == {}, "they are too small"
+    assert labels(TWO_NODES, **ratio) == {}
 
 
 def test_a_gpu_that_cannot_be_asked_is_not_guessed_about() -> None:

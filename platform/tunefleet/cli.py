@@ -218,7 +218,7 @@ def plan(
         joins = cluster_address(read.ray) is not None
         if joins:
             stack.enter_context(ray_session(read.ray))
-        cluster = joined_shape() if joins else local_shape(read.ray)
+        cluster = joined_shape(read.ray) if joins else local_shape(read.ray)
         stages = stack.enter_context(open_display(errors).preparing())
         made = draft(read, cluster, Path.cwd(), stages, with_data=not no_data)
     if as_json:

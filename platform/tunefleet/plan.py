@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from tunefleet.data.batches import BatchSchedule
 from tunefleet.errors import Refused
@@ -23,6 +23,8 @@ class WorkerPlan(Settings):
     device: Literal["cpu", "cuda"]
     resources: dict[str, float]
     placement_strategy: str
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Of the nodes that they may be placed on; `!x` = another value than x, or none."""
     threads: int
 
     @property

@@ -16,7 +16,7 @@ from tunefleet.hardware import Hardware
 from tunefleet.places import in_words, too_many_workers, unsharded_only, why_not_sharded
 from tunefleet.plan import BatchPlan, CadencePlan, DataPlan, ModelPlan, PlacePlan, Plan, PrecisionPlan, WorkerPlan
 from tunefleet.recipe.sections import Recipe
-from tunefleet.shapes import ClusterShape, DataShape
+from tunefleet.shapes import SINGLE_WORKER, ClusterShape, DataShape
 from tunefleet.training import deepspeed_config
 from tunefleet.training.precision import resolve
 from tunefleet_strategies.contract import Footprint, ModelShape, Precision, Sharding, Traits
@@ -93,6 +93,15 @@ def planned_workers(recipe: Recipe, cluster: ClusterShape) -> WorkerPlan:
     _refuse(recipe, traits, workers)
     _refuse_elastic(recipe, workers, sharding)
     return workers
+
+
+def refuse_too_large(recipe: Recipe, cluster: ClusterShape) -> None:
+    """See that the cluster can hold the workers.
+
+    Raises:
+        Refused: it cannot, however it grows.
+    """
+    _worker_plan(recipe, recipe.method.traits(), cluster)
 
 
 def planned_precision(recipe: Recipe, cluster: ClusterShape) -> Precision:
@@ -252,8 +261,9 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
     if not any(amount > 0 for amount in request.values()):
         raise Refused("resources_per_worker asks for nothing: write {CPU: 1} or {GPU: 1}, or leave it out.")
     strategy = recipe.ray.placement_strategy
-    room = cluster.fits(request, strategy)
-    if room < least and not cluster.may_grow:
+    labels = _labels(traits, count, request, cluster)
+    room = cluster.fits(request, strategy, labels)
+    if room < least and cluster.bounded:
         mend = f"at most ray_num_workers: {room} does" if room else _smaller(request, cluster)
         raise Refused(f"{_does_not_fit(shown, request, strategy, cluster)}: {mend}.")
     gpus = request.get("GPU", 0.0)
@@ -268,14 +278,31 @@ def _worker_plan(recipe: Recipe, traits: Traits, cluster: ClusterShape) -> Worke
         device="cuda" if request.get("GPU", 0) > 0 else "cpu",
         resources=request,
         placement_strategy=strategy,
+        labels=labels,
         threads=max(1, int(request.get("CPU", 1))),
     )
+
+
+def _labels(traits: Traits, count: int, request: Mapping[str, float], cluster: ClusterShape) -> dict[str, str]:
+    """The nodes that the workers are kept to, where a cluster keeps some for methods that run on one worker.
+
+    Else such a run would hold a part of a node that is large enough for several workers, which then has none for them.
+    """
+    kept = sum(node.fits(request) for node in cluster.nodes if node.is_as({SINGLE_WORKER: "true"}))
+    if kept and traits.max_workers == 1:
+        return {SINGLE_WORKER: "true"}
+    if kept and count > 1 and cluster.fits(request, labels={SINGLE_WORKER: "!true"}):
+        return {SINGLE_WORKER: "!true"}
+    return {}
 
 
 def _does_not_fit(count: int | str, request: Mapping[str, float], strategy: str, cluster: ClusterShape) -> str:
     wanted = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
     laid_out = f" and placement_strategy: {strategy}" if strategy.startswith("STRICT") else ""
-    there = ", ".join(f"{cluster.amount(name):g} {name}" for name in dict.fromkeys(("CPU", "GPU", *request)))
+    amounts = {name: cluster.amount(name) for name in dict.fromkeys(("CPU", "GPU", *request))}
+    there = ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount < math.inf)
+    types = "; its node types are " + ", ".join(one.in_words() for one in cluster.node_types)
+    there = f"{there}{types}" if cluster.node_types else there
     return f"ray_num_workers: {count} with {wanted} for each worker{laid_out} does not fit on the cluster ({there})"
 
 
@@ -288,7 +315,7 @@ def _smaller(request: Mapping[str, float], cluster: ClusterShape) -> str:
 
 
 def _room_notices(recipe: Recipe, workers: WorkerPlan, cluster: ClusterShape) -> list[str]:
-    if cluster.fits(workers.resources, workers.placement_strategy) >= workers.least:
+    if cluster.fits(workers.resources, workers.placement_strategy, workers.labels) >= workers.least:
         return []
     sentence = _does_not_fit(workers.least, workers.resources, workers.placement_strategy, cluster)
     return [

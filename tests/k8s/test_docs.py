@@ -15,6 +15,7 @@ from tunefleet.kube.check import check_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "docs" / "kuberay.md", ROOT / "docs" / "kueue.md", ROOT / "README.md"]
+PAGES += [ROOT / "docs" / "autoscaled-search.md"]
 
 
 def commands() -> list[list[str]]:
@@ -51,7 +52,7 @@ def test_every_manifest_command_is_taken(
         assert caught.value.code in (0, None), err
         assert check_text(out, "m").findings == ()
         rendered += 1
-    assert rendered == 4
+    assert rendered == 5
 
 
 def test_the_values_that_the_page_names_are_those_of_the_manifests() -> None:

@@ -117,6 +117,13 @@ def test_the_jobs_are_those_that_the_command_prints() -> None:
         assert yaml.safe_load((K8S / "base" / kind / "job.yaml").read_text()) == plain(printed)
 
 
+def test_the_search_knows_what_its_groups_may_grow_to() -> None:
+    """The recipe that lies beside the job says what the command would write into it."""
+    path = K8S / "base" / "search" / "recipe.yaml"
+    demand, _ = demand_of(path, [], "s3://tunefleet/runs", None)
+    assert yaml.safe_load(path.read_text())["ray_node_types"] == demand.keys["ray_node_types"]
+
+
 def test_the_clusters_pods_are_those_that_the_command_prints() -> None:
     spec = yaml.safe_load((K8S / "base" / "cluster" / "cluster.yaml").read_text())["spec"]
     labels = {"app.kubernetes.io/name": "tunefleet", "app.kubernetes.io/instance": "tunefleet"}

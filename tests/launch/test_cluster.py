@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
+from ray.core.generated import autoscaler_pb2
+from ray.experimental import internal_kv
 
 import tunefleet
 import tunefleet_strategies
 from tunefleet.errors import Refused
 from tunefleet.hardware import local_cpu
-from tunefleet.launch.cluster import _node_shape, _runtime_env, cluster_address, local_shape, ray_session
+from tunefleet.launch.cluster import (
+    _node_shape,
+    _runtime_env,
+    cluster_address,
+    joined_shape,
+    local_shape,
+    node_types,
+    ray_session,
+)
 from tunefleet.launch.job_folder import JOB_CONFIG
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.shapes import NodeShape
 
+_messages: Any = autoscaler_pb2  # made by protoc without types
 OURS = [str(Path(str(package.__file__)).parent) for package in (tunefleet, tunefleet_strategies)]
 
 
@@ -82,6 +96,30 @@ def test_a_node_offers_what_a_worker_can_ask_for() -> None:
         {"CPU": 4.0, "GPU": 1.0, "memory": 1e9, "object_store_memory": 1e8, "node:10.0.0.1": 1.0, "fast_disk": 2.0}
     )
     assert found == NodeShape(cpus=4, gpus=1, others={"memory": 1e9, "fast_disk": 2})
+    assert _node_shape({"object_store_memory": 1e9}) == NodeShape(cpus=0, gpus=0, others={})
+
+
+@pytest.mark.ray
+def test_node_types_are_those_of_the_recipe_else_those_that_the_cluster_publishes(ray_address: str) -> None:
+    key = b"__autoscaler_cluster_config"
+    space = b"__autoscaler"
+    group = _messages.NodeGroupConfig(resources={"CPU": 8, "GPU": 1}, max_count=3, name="gpu")
+    endless = _messages.NodeGroupConfig(resources={"CPU": 2}, max_count=-1, name="cpu")
+    published = _messages.ClusterConfig(node_group_configs=[group, endless])
+    ray.init(ray_address, log_to_driver=False)
+    try:
+        assert node_types(RaySettings()) == ()
+        internal_kv._internal_kv_put(key, published.SerializeToString(), namespace=space)
+        found = node_types(RaySettings())
+        written = RaySettings(ray_node_types={"own": {"resources": {"CPU": 1}, "max_workers": 2}})
+        grown = joined_shape(written)
+    finally:
+        internal_kv._internal_kv_del(key, namespace=space)
+        ray.shutdown()
+    assert [(one.name, one.most) for one in found] == [("gpu", 3), ("cpu", 64)]
+    assert found[0].shape == NodeShape(8, 1, {"memory": math.inf})
+    assert [one.name for one in grown.node_types] == ["own"]
+    assert [node.cpus for node in grown.nodes] == [4, 1, 1]
 
 
 # ---- our code on its nodes ------------------------------------------------------------------------------------------

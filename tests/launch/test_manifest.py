@@ -27,8 +27,10 @@ from tunefleet.kube.schemas import Schemas
 from tunefleet.launch.manifest import ManifestOptions, job_name, manifest, render, secret_variable
 from tunefleet.launch.pods import LEAVE_HEAD, LEAVE_WORKER
 from tunefleet.recipe.read import read_flat
+from tunefleet.recipe.sections import RaySettings
 from tunefleet.recipe.tune import search_from
 from tunefleet.search.onto_cluster import demand_of
+from tunefleet.shapes import SINGLE_WORKER
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 SHIPPED = sorted(path for path in JOBS.glob("*.yaml") if path.name != "runtime_env.yaml")
@@ -182,6 +184,22 @@ def test_a_search_has_pods_for_trials_of_every_size(tmp_path: Path) -> None:
     assert types["headgroup"]["resources"]["trial_driver"] == 5
     assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
     assert yaml.safe_load(config_map["data"]["recipe.yaml"])["tune"]["max_concurrent_trials"] == 5
+
+
+def test_the_recipe_of_a_search_says_what_its_groups_may_grow_to(tmp_path: Path) -> None:
+    """Ray's autoscaler reads it from the groups and tells nobody; the search reads it from the recipe."""
+    lora = {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}}
+    request = {"GPU": 1, "CPU": 2, "fast_disk": 1, "memory": 2**30}
+    path = search(tmp_path, lora, BADAM, max_concurrent_trials=5)
+    config_map, _, job = rendered(path, f"resources_per_worker={request}", storage="s3://bucket/runs", per_pod=2)
+    written = RaySettings(ray_node_types=yaml.safe_load(config_map["data"]["recipe.yaml"])["ray_node_types"])
+    assert written.ray_node_types is not None
+    read = {name: one for name, one in node_types(job["spec"]["rayClusterSpec"]).items() if name != "headgroup"}
+    assert set(written.ray_node_types) == set(read) == {"gpu-workers", "gpu-single"}
+    for name, one in written.ray_node_types.items():
+        known = {key: amount for key, amount in read[name]["resources"].items() if key != "memory"}
+        assert (one.resources, one.max_workers, one.labels) == (known, read[name]["max_workers"], read[name]["labels"])
+    assert written.ray_node_types["gpu-single"].labels == {SINGLE_WORKER: "true"}
 
 
 def test_ray_starts_what_the_trials_of_a_search_ask_for(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from tunefleet.plan import Plan
 from tunefleet.planning import make_plan
 from tunefleet.recipe.tune import search_from
 from tunefleet.search.book import Book, Trial
-from tunefleet.search.points import PointSearcher
+from tunefleet.search.points import MOST_OVERTAKEN, PointSearcher
 from tunefleet.search.searchers import pools
-from tunefleet.search.sizing import trial_keys, trial_recipe
+from tunefleet.search.sizing import Size, trial_keys, trial_recipe
 from tunefleet.search.space import Point
 from tunefleet.search.tournament import repeats_due, samples
 from tunefleet.shapes import ClusterShape, NodeShape
@@ -38,7 +38,15 @@ MIXED: list[dict[str, Any]] = [
 class Desk:
     """A search without Ray: trials are handed out, and end when the test says so."""
 
-    def __init__(self, folder: Path, space: Sequence[Mapping[str, Any]], *, at_once: int | None = None, **tune: Any):
+    def __init__(
+        self,
+        folder: Path,
+        space: Sequence[Mapping[str, Any]],
+        *,
+        at_once: int | None = None,
+        least: Size | None = None,
+        **tune: Any,
+    ):
         shared = {**BASE, "resources_per_worker": {"CPU": 1}}
         search = search_from({**shared, "tune": {"space": list(space), **tune}})
         self.space = opened(list(space), tune, resources_per_worker={"CPU": 1})
@@ -64,6 +72,7 @@ class Desk:
             FOUR,
             repeats=(lambda: repeats_due(self.book, search.tune, 42)) if search.tune.tournament else None,
             most_at_once=at_once,
+            least=least,
             seed=0,
         )
 
@@ -125,6 +134,47 @@ def test_trials_start_when_there_is_room_for_their_size(tmp_path: Path) -> None:
     assert max(seen) >= 3
 
 
+def test_a_trial_without_room_is_overtaken_by_one_that_has_some(tmp_path: Path) -> None:
+    """Of four CPUs three are taken; the next trial wants two, and one that wants one goes first."""
+    small = {"finetuning_type": "full", "ray_num_workers": 1}
+    space: list[dict[str, Any]] = [
+        {**small, "learning_rate": {"choice": [1e-4]}},
+        {"finetuning_type": "lora", "lora_rank": {"choice": [2, 4]}},  # on two workers
+        {**small, "learning_rate": {"choice": [1e-3, 2e-3]}},
+    ]
+    desk = Desk(tmp_path, space, search="grid", least=Size(1, {"CPU": 1.0}))
+    taken = [desk.take(name) for name in "abcd"]
+    assert [trial and trial.workers for trial in taken] == [1, 2, 1, None]
+    assert taken[1] is not None
+    desk.end("b", taken[1])
+    late = desk.take("e")
+    assert late is not None
+    assert late.values == {"lora_rank": 4}, "who waits goes before who is new"
+
+
+def test_few_trials_are_overtaken(tmp_path: Path) -> None:
+    """Else small trials would keep a large one waiting for ever."""
+    space: list[dict[str, Any]] = [
+        {"finetuning_type": "full", "ray_num_workers": 1, "learning_rate": {"uniform": [1e-5, 1e-3]}},
+        {"finetuning_type": "lora", "lora_rank": {"randint": [1, 500]}},
+    ]
+    desk = Desk(tmp_path, space, search="random", num_samples=40, least=Size(1, {"CPU": 1.0}))
+    running: dict[str, Trial] = {}
+    for number in range(200):
+        trial = desk.take(f"t{number}")
+        if trial is not None:
+            running[f"t{number}"] = trial
+            continue
+        waiting = [one for one in desk.book.trials if not one.ended and one not in running.values()]
+        assert len(waiting) <= MOST_OVERTAKEN
+        if not running:
+            break
+        identifier = next((name for name, one in running.items() if one.workers == 1), next(iter(running)))
+        desk.end(identifier, running.pop(identifier))
+    assert len(desk.book.trials) == 40
+    assert all(trial.state == "finished" for trial in desk.book.trials)
+
+
 def test_paused_trials_hold_no_room(tmp_path: Path) -> None:
     desk = Desk(tmp_path, MIXED[:1], search="random", num_samples=9)
     assert desk.take("a") is not None
@@ -148,7 +198,7 @@ def test_a_closed_search_hands_nothing_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("search", ["grid", "random", "optuna", "hyperopt"])
 def test_after_a_kill_open_trials_come_first_and_nothing_is_repeated_or_lost(tmp_path: Path, search: str) -> None:
-    samples = {} if search == "grid" else {"num_samples": 4}
+    samples: dict[str, Any] = {} if search == "grid" else {"num_samples": 4}
     first = Desk(tmp_path, RANKS, search=search, **samples)
     ended, running = first.take("a"), first.take("b")
     assert ended is not None

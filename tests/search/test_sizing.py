@@ -12,7 +12,7 @@ from tunefleet.errors import Refused
 from tunefleet.hardware import Hardware
 from tunefleet.recipe.read import read_flat
 from tunefleet.search.sizing import Batch, Size, fit, fitted, most_at_once, trial_keys, trial_recipe
-from tunefleet.shapes import ClusterShape, NodeShape
+from tunefleet.shapes import SINGLE_WORKER, ClusterShape, NodeShape
 
 BADAM = {"finetuning_type": "full", "use_badam": True}
 RATIO = {**BADAM, "badam_mode": "ratio"}
@@ -95,5 +95,34 @@ def test_trials_of_several_sizes_side_by_side() -> None:
     assert not fit([TWO, TWO, ONE], machines(4))
     assert fit([TWO, TWO], machines(1, 1, 2))
     assert not fit([Size(1, {"CPU": 2.0})], machines(1, 1))  # a worker is whole on one machine
-    assert (most_at_once(TWO, machines(5)), most_at_once(ONE, machines(2, 2))) == (2, 4)
-    assert most_at_once(Size(1, {"GPU": 1.0, "CPU": 1.0}), machines(8)) == 0
+    assert (most_at_once(TWO, machines(5), 9), most_at_once(ONE, machines(2, 2), 9)) == (2, 4)
+    assert most_at_once(ONE, machines(2, 2), 3) == 3
+    assert most_at_once(Size(1, {"GPU": 1.0, "CPU": 1.0}), machines(8), 9) == 0
+
+
+def test_workers_that_must_be_together_share_a_machine() -> None:
+    together = Size(2, {"CPU": 1.0}, together=True)
+    assert fit([TWO, TWO], machines(1, 1, 2))
+    assert not fit([together, together], machines(1, 1, 2))
+    assert fit([together, ONE, ONE], machines(2, 1, 1))
+
+
+def test_trials_go_where_they_leave_the_least() -> None:
+    sizes = [Size(1, {"CPU": cpus}) for cpus in (2.0, 3.0, 2.0)]
+    assert fit(sizes, machines(4, 3)), "with three on the larger machine there were no place for the last"
+
+
+def test_trials_that_may_go_anywhere_leave_room_for_those_that_may_not() -> None:
+    small = NodeShape(1, labels={SINGLE_WORKER: "true"})
+    cluster = ClusterShape((small, NodeShape(1)), cpu=Hardware("cpu", bf16=False))
+    assert fit([ONE, Size(1, {"CPU": 1.0}, {SINGLE_WORKER: "true"})], cluster)
+
+
+def test_trials_that_are_kept_to_some_machines_find_room_there_only() -> None:
+    small = NodeShape(1, labels={SINGLE_WORKER: "true"})
+    cluster = ClusterShape((small, NodeShape(2)), cpu=Hardware("cpu", bf16=False))
+    alone = Size(1, {"CPU": 1.0}, {SINGLE_WORKER: "true"})
+    pair = Size(2, {"CPU": 1.0}, {SINGLE_WORKER: "!true"})
+    assert fit([alone, pair], cluster)
+    assert not fit([alone, alone], cluster)
+    assert not fit([pair, pair], cluster)

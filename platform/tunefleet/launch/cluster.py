@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -27,9 +28,11 @@ from tunefleet.errors import Refused, RunFailed, first_line
 from tunefleet.hardware import Hardware, local_cpu, local_gpu
 from tunefleet.launch.job_folder import job_environment
 from tunefleet.recipe.sections import RaySettings
-from tunefleet.shapes import TRIAL_DRIVER, ClusterShape, NodeShape
+from tunefleet.shapes import TRIAL_DRIVER, ClusterShape, NodeShape, NodeType, at_most
 
 _COUNTED_APART = ("CPU", "GPU", "object_store_memory")  # the last is nothing that a worker can ask for
+_WITHOUT_END = 64
+"""Nodes of a type that a cluster publishes without a number."""
 
 _ASKING_SECONDS = 30.0
 """How long a GPU that others may hold is asked what it can do."""
@@ -269,10 +272,10 @@ def local_shape(settings: RaySettings) -> ClusterShape:
     return ClusterShape(nodes=(node,), cpu=local_cpu(), gpu=gpu)
 
 
-def joined_shape() -> ClusterShape:
-    """The cluster that this process is connected to."""
+def joined_shape(settings: RaySettings) -> ClusterShape:
+    """The cluster that this process is connected to, as large as it may become."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    shapes = tuple(_node_shape(node["Resources"]) for node in alive)
+    shapes = tuple(_node_shape(node["Resources"], node["Labels"]) for node in alive)
     # A head that gives no CPU to workers says nothing about those that will train.
     working = [node for node, shape in zip(alive, shapes, strict=True) if shape.cpus > 0] or alive
     there: Any = NodeAffinitySchedulingStrategy(working[0]["NodeID"], soft=True)
@@ -284,18 +287,46 @@ def joined_shape() -> ClusterShape:
             gpu = ray.get(asked, timeout=_ASKING_SECONDS)
         except GetTimeoutError:  # other jobs hold all of them
             ray.cancel(asked, force=True)
-    return ClusterShape(nodes=shapes, cpu=cpu, gpu=gpu, may_grow=True)
+    types = node_types(settings)
+    nodes = at_most(shapes, types) if types else shapes
+    return ClusterShape(nodes=nodes, cpu=cpu, gpu=gpu, may_grow=True, node_types=types)
+
+
+def node_types(settings: RaySettings) -> tuple[NodeType, ...]:
+    """What the autoscaler of the cluster can start: as the recipe says, else as the cluster publishes.
+
+    Ray's open autoscaler publishes nothing; what does writes where Ray Train and Ray Data look for it too.
+    """
+    written = settings.ray_node_types
+    if written:
+        return tuple(
+            NodeType(name, _type_shape(one.resources, one.labels), one.max_workers) for name, one in written.items()
+        )
+    if ray.util.client.ray.is_connected():  # behind a client's URI nothing is at hand that could be asked
+        return ()
+    published = ray._private.state.state.get_cluster_config()
+    groups = () if published is None else published.node_group_configs
+    return tuple(
+        NodeType(one.name, _type_shape(one.resources), _WITHOUT_END if one.max_count < 0 else one.max_count)
+        for one in groups
+        if one.max_count
+    )
+
+
+def _type_shape(resources: Mapping[str, float], labels: Mapping[str, str] | None = None) -> NodeShape:
+    """A node of a type; where nobody says how much memory it has, that is no limit."""
+    return _node_shape({"memory": math.inf, **resources}, labels)
 
 
 def alive_nodes() -> dict[str, NodeShape]:
     """What each node of the cluster offers, by its id."""
-    return {node["NodeID"]: _node_shape(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    return {node["NodeID"]: _node_shape(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]}
 
 
-def _node_shape(resources: Mapping[str, float]) -> NodeShape:
+def _node_shape(resources: Mapping[str, float], labels: Mapping[str, str] | None = None) -> NodeShape:
     others = {
         name: amount
         for name, amount in resources.items()
         if name not in _COUNTED_APART and not name.startswith("node:")
     }
-    return NodeShape(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), others=others)
+    return NodeShape(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), others=others, labels=labels)

@@ -14,7 +14,7 @@ from tunefleet.plan import WorkerPlan
 from tunefleet.planning import planned_precision, planned_workers
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
-from tunefleet.shapes import ClusterShape, NodeShape
+from tunefleet.shapes import SINGLE_WORKER, ClusterShape, NodeShape
 from tunefleet.training import deepspeed_config
 
 Keys = Mapping[str, object]
@@ -22,6 +22,7 @@ Keys = Mapping[str, object]
 DEFAULT_REQUEST: Mapping[str, float] = {"GPU": 1.0, "CPU": 1.0}
 """What a worker has where no recipe says it, as in any cluster with GPUs."""
 REQUEST = "resources_per_worker"
+NODE_TYPES = "ray_node_types"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,29 @@ class GroupDemand:
     def cpus(self) -> int:
         """CPUs of a pod that Ray gives to workers: whole ones."""
         return math.ceil(self.request.get("CPU", 0.0) * self.workers_per_pod)
+
+    @property
+    def others(self) -> dict[str, float]:
+        """What a pod offers beside GPUs, CPUs and memory, by Ray's names."""
+        return {
+            name: amount * self.workers_per_pod
+            for name, amount in self.request.items()
+            if name not in ("CPU", "GPU", "memory") and amount > 0
+        }
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Ray's labels of a pod."""
+        return {SINGLE_WORKER: "true"} if self.single else {}
+
+    def node_type(self) -> dict[str, object]:
+        """The group as an entry of `ray_node_types`."""
+        offered = {"CPU": float(self.cpus), "GPU": float(self.gpus), **self.others}
+        kind: dict[str, object] = {
+            "resources": {name: amount for name, amount in offered.items() if amount > 0},
+            "max_workers": self.most_pods,
+        }
+        return {**kind, "labels": self.labels} if self.labels else kind
 
 
 @dataclass(frozen=True)

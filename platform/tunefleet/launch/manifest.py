@@ -247,11 +247,7 @@ def _head_requests(demand: Demand) -> dict[str, Quantity]:
 
 def _group(group: GroupDemand, pods: PodSettings, options: ManifestOptions, *, grows: bool) -> WorkerGroup:
     """A group; where nothing grows, all of its pods are there from the start."""
-    others = {
-        name: f"{amount * group.workers_per_pod:g}"
-        for name, amount in group.request.items()
-        if name not in ("CPU", "GPU", "memory") and amount > 0
-    }
+    others = {name: f"{amount:g}" for name, amount in group.others.items()}
     requests: dict[str, Quantity] = {"cpu": str(group.cpus + 1), "memory": _memory(group, options)}
     if group.gpus:
         requests[GPU] = str(group.gpus)
@@ -263,6 +259,7 @@ def _group(group: GroupDemand, pods: PodSettings, options: ManifestOptions, *, g
         maxReplicas=group.most_pods,
         priority=_PRIORITY if grows and not group.single else None,
         resources={"CPU": str(group.cpus), **others},
+        labels=group.labels or None,
         template=worker_pod(pods, requests),
     )
 

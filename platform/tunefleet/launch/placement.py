@@ -31,6 +31,7 @@ def scaling(plan: Plan) -> ScalingConfig:
         use_gpu=workers.device == "cuda",
         resources_per_worker=dict(workers.resources),
         placement_strategy=workers.placement_strategy,
+        label_selector=dict(workers.labels) or None,
     )
 
 
@@ -40,7 +41,12 @@ def host_group(plan: Plan) -> PlacementGroupFactory:
     Ray Tune's own reading of a `ScalingConfig` leaves the bundle to workers that are placed in it later.
     """
     request = scaling(plan).as_placement_group_factory()
-    return PlacementGroupFactory(request.bundles, strategy=request.strategy)
+    return PlacementGroupFactory(request.bundles, strategy=request.strategy, **host_labels(plan))
+
+
+def host_labels(plan: Plan) -> dict[str, Any]:
+    """The argument of a placement group that keeps a host to the nodes which its trials are kept to."""
+    return {"bundle_label_selector": [dict(plan.workers.labels)]} if plan.workers.labels else {}
 
 
 class TellsOfLoss(UserCallback):

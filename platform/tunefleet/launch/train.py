@@ -66,7 +66,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         joins = cluster_address(recipe.ray) is not None
         if joins:
             stack.enter_context(ray_session(recipe.ray))
-        cluster = joined_shape() if joins else local_shape(recipe.ray)
+        cluster = joined_shape(recipe.ray) if joins else local_shape(recipe.ray)
         storage = place(recipe.ray.ray_storage_path, base=root)
         refuse_unusable(storage, "ray_storage_path")
         with display.preparing() as stages:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Serializ
 from tunefleet.data.settings import DataSettings, Pieces
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
+from tunefleet.recipe.node_types import NodeTypes
 from tunefleet.secret_names import is_secret
 from tunefleet.settings import DEFAULT_STORAGE, Settings
 from tunefleet.stores import refuse_credentials
@@ -205,6 +206,11 @@ class RaySettings(Settings):
     )
     ray_address: str | None = Field(
         None, min_length=1, description="An existing cluster; left out, the one that runs here or a local one."
+    )
+    ray_node_types: NodeTypes | None = Field(
+        None,
+        description="What the cluster's autoscaler can start, in the words of Ray's `available_node_types`: {gpu: "
+        "{resources: {GPU: 1, CPU: 8}, max_workers: 4}}; unset: what the cluster publishes, else what is there.",
     )
     ray_init_kwargs: InitArguments = Field({}, description="Further arguments of `ray.init`, as a mapping.")
     ray_start_timeout: int = Field(

@@ -10,6 +10,7 @@ from pathlib import Path
 from tunefleet.errors import Refused
 from tunefleet.launch.demand import (
     DEFAULT_REQUEST,
+    NODE_TYPES,
     REQUEST,
     Demand,
     GroupDemand,
@@ -60,7 +61,12 @@ def search_demand(keys: dict[str, object], root: Path, workers_per_pod: int | No
     return Demand(
         command="tune",
         run_name=common.run_name,
-        keys={**written, REQUEST: request, KEY: {**block, "max_concurrent_trials": at_once}},
+        keys={
+            **written,
+            REQUEST: request,
+            NODE_TYPES: {group.name: group.node_type() for group in groups},
+            KEY: {**block, "max_concurrent_trials": at_once},
+        },
         groups=groups,
         drivers=at_once,
         grows=True,
@@ -68,6 +74,7 @@ def search_demand(keys: dict[str, object], root: Path, workers_per_pod: int | No
             f"trials at once {at_once}: {why_at_once}",
             f"trial_driver {at_once} on the head: one seat for the driver of each trial; drivers take no CPU, and the "
             "head's pod is not one that is taken away",
+            f"{NODE_TYPES} in the recipe: what these groups may grow to, which Ray's autoscaler tells nobody",
             "minReplicas 0: without trials there are no workers; maxReplicas: all trials at once, of the largest size",
         ),
     )

@@ -9,7 +9,7 @@ import ray
 
 from tunefleet.errors import Refused
 from tunefleet.launch.cluster import alive_nodes
-from tunefleet.launch.placement import host_group
+from tunefleet.launch.placement import host_group, host_labels
 from tunefleet.plan import Plan
 from tunefleet.recipe.sections import RaySettings
 from tunefleet.search.warm.forks import ForkServer, machine
@@ -35,7 +35,8 @@ def host_keys(plan: Plan) -> dict[str, Any]:
     if why_cold(plan) is not None:
         return {}
     group = host_group(plan)
-    return {WARM: {"bundles": [dict(bundle) for bundle in group.bundles], "strategy": group.strategy}}
+    place = {"bundles": [dict(bundle) for bundle in group.bundles], "strategy": group.strategy}
+    return {WARM: {**place, **host_labels(plan)}}
 
 
 def host_of(plan: Plan, workers: Sequence[int]) -> str:

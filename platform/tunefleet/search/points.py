@@ -12,7 +12,7 @@ from tunefleet.errors import Refused
 from tunefleet.plan import Plan
 from tunefleet.search.book import Book, Trial
 from tunefleet.search.searchers import Pool, Suggestions, packed, unpacked
-from tunefleet.search.sizing import Size, fit
+from tunefleet.search.sizing import Size, fit, size_of
 from tunefleet.search.space import Point, Space
 from tunefleet.shapes import ClusterShape
 from tunefleet_strategies.contract import StrategyError
@@ -20,6 +20,8 @@ from tunefleet_strategies.contract import StrategyError
 MOST_ASKED = 100
 """Proposals in a row that were illegal or equal to earlier ones, after which a search looks for new points itself."""
 MOST_DRAWN = 1000
+MOST_OVERTAKEN = 4
+"""Trials that wait for room while smaller ones begin."""
 
 
 def configuration(trial: Trial) -> dict[str, Any]:
@@ -40,10 +42,11 @@ class PointSearcher(Searcher):
         book: Book,
         draft: Callable[[Point], Plan],
         place: Callable[[Trial, Plan], None],
-        cluster: ClusterShape,
+        cluster: ClusterShape | None,
         *,
         repeats: Callable[[], Sequence[tuple[Trial, Point]]] | None = None,
         most_at_once: int | None,
+        least: Size | None = None,
         seed: int,
         config: Callable[[Plan], dict[str, Any]] | None = None,
         until: int | None = None,
@@ -53,9 +56,11 @@ class PointSearcher(Searcher):
         Args:
             draft: makes the plan of a point; raises `Refused` or `StrategyError` where it cannot run.
             place: puts a trial's plan where its driver finds it.
+            cluster: what trials must find room in; None = nobody knows how large it may become.
             repeats: what shall run again under another seed, with the trial that it repeats; asked when no point is
                 left to sample, and once more whenever a trial has ended. None = nothing.
             most_at_once: trials at once; None = as many as the cluster holds.
+            least: what the smallest trial takes; None = nothing overtakes a trial that has no room yet.
             config: what Tune is told of a trial beside its name; None = nothing.
             until: the step that the trials of a population train to at first.
         """
@@ -68,7 +73,7 @@ class PointSearcher(Searcher):
         """Why proposals were not run, with how many of them."""
         self._space, self._pools, self._book, self._cluster = space, pools, book, cluster
         self._draft, self._place, self._repeats = draft, place, repeats
-        self._most, self._seed = most_at_once, seed
+        self._most, self._least, self._seed = most_at_once, least, seed
         self._config, self._until = config, until
         self._asked = 0
         self._dry: set[int] = set()
@@ -79,7 +84,7 @@ class PointSearcher(Searcher):
         self._names: dict[str, str] = {}
         self._restore()
         self._open = [trial for trial in book.trials if not trial.ended]
-        self._next: tuple[Trial, Plan] | None = None
+        self._waiting: list[tuple[Trial, Plan]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: a search goes on from its own book, never from Ray's copy of this object."""
@@ -95,16 +100,11 @@ class PointSearcher(Searcher):
         """The next trial by its name; None = not now."""
         if self.closed:
             return Searcher.FINISHED
-        if self._next is None:
-            self._next = self._take_up() or self._choose() or self._repeat()
-        if self._next is None:
-            return None if self._awaited() else Searcher.FINISHED
-        trial, plan = self._next
-        size = Size(plan.workers.count, plan.workers.resources)
-        if not self._has_room(size):
-            return None
-        self._next = None
-        self._sizes[trial_id], self._names[trial_id] = size, trial.name
+        found = self._with_room()
+        if found is None:
+            return None if self._waiting or self._awaited() else Searcher.FINISHED
+        trial, plan = found
+        self._sizes[trial_id], self._names[trial_id] = size_of(plan.workers), trial.name
         return {**configuration(trial), **({} if self._config is None else self._config(plan))}
 
     def settled(self, branch: int) -> bool:
@@ -117,6 +117,24 @@ class PointSearcher(Searcher):
         self._sizes[trial_id] = size or self._sizes[trial_id]
         return self._has_room(self._sizes[trial_id])
 
+    def _with_room(self) -> tuple[Trial, Plan] | None:
+        """The first of the trials that wait for room if there is some for it, else a new one that overtakes them.
+
+        Few may be overtaken: then nothing new is chosen before they have had their turn.
+        """
+        for position, (_, plan) in enumerate(self._waiting):
+            if self._has_room(size_of(plan.workers)):
+                return self._waiting.pop(position)
+        while not self._waiting or (len(self._waiting) < MOST_OVERTAKEN and self._has_some_room()):
+            found = self._take_up() or self._choose() or self._repeat()
+            if found is None or self._has_room(size_of(found[1].workers)):
+                return found
+            self._waiting.append(found)
+        return None
+
+    def _has_some_room(self) -> bool:
+        return self._least is not None and self._has_room(self._least)
+
     def _awaited(self) -> bool:
         """Whether the end of those under way may call for repeats."""
         return self._repeats is not None and bool(self._sizes)
@@ -125,7 +143,7 @@ class PointSearcher(Searcher):
         taken = [one for trial_id, one in self._sizes.items() if trial_id not in self.paused]
         if self._most is not None and len(taken) >= self._most:
             return False
-        return not taken or fit([*taken, size], self._cluster)
+        return not taken or self._cluster is None or fit([*taken, size], self._cluster)
 
     def _take_up(self) -> tuple[Trial, Plan] | None:
         """A trial that an earlier call left open."""

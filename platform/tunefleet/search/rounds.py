@@ -16,7 +16,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from tunefleet.search.book import Book, Trial
 from tunefleet.search.points import PointSearcher, configuration
 from tunefleet.search.population import Population
-from tunefleet.search.sizing import Size
+from tunefleet.search.sizing import Size, size_of
 
 
 class Rounds(FIFOScheduler):
@@ -60,7 +60,7 @@ class Rounds(FIFOScheduler):
             rest = all(trial.name in resting and _has_come(trial) for trial in together)
             if until is not None and rest and self._searcher.settled(branch):
                 for name, plan in self._population.turn(together).items():
-                    self._sizes[name] = Size(plan.workers.count, plan.workers.resources)
+                    self._sizes[name] = size_of(plan.workers)
 
 
 def _has_come(trial: Trial) -> bool:

@@ -6,10 +6,11 @@ most that it allows; in a branch the key is an order. G is the same for all, so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tunefleet.errors import Refused
+from tunefleet.plan import WorkerPlan
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.search.space import WISH, Branch
@@ -32,6 +33,20 @@ class Size:
 
     workers: int
     request: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the machines that they are kept to (`WorkerPlan.labels`)."""
+    together: bool = False
+    """Whether all of them must be on one machine."""
+
+
+def size_of(plan: WorkerPlan, workers: int | None = None) -> Size:
+    """What a plan's workers take.
+
+    Args:
+        workers: instead of as many as the plan has.
+    """
+    together = plan.placement_strategy == "STRICT_PACK"
+    return Size(plan.count if workers is None else workers, plan.resources, plan.labels, together)
 
 
 def shared_batch(shared: Mapping[str, object], recipe: Recipe) -> tuple[int, int]:
@@ -111,34 +126,51 @@ def trial_recipe(keys: Mapping[str, object], name: str, storage: str) -> Recipe:
     return read_flat({**keys, **own})
 
 
-def most_at_once(size: Size, cluster: ClusterShape) -> int:
-    """How many trials of one size the machines hold."""
-    count = 0
-    while fit([size] * (count + 1), cluster):
-        count += 1
-    return count
+def most_at_once(size: Size, cluster: ClusterShape, limit: int) -> int:
+    """How many trials of one size the machines hold, as far as a limit."""
+    low, high = 0, limit
+    while low < high:
+        count = (low + high + 1) // 2
+        low, high = (count, high) if fit([size] * count, cluster) else (low, count - 1)
+    return low
 
 
-def fit(sizes: list[Size], cluster: ClusterShape) -> bool:
-    """Whether trials of these sizes find room side by side: each worker whole on one machine, largest first."""
+def fit(sizes: Sequence[Size], cluster: ClusterShape) -> bool:
+    """Whether trials of these sizes find room side by side: each worker whole on one machine.
+
+    Those come first that may not go everywhere, then the largest; each goes where it leaves the least, as Ray's
+    autoscaler starts machines.
+    """
     rooms = [_Room(node) for node in cluster.nodes]
-    bundles = [dict(size.request) for size in sizes for _ in range(size.workers)]
-    for bundle in sorted(bundles, key=lambda one: -sum(one.values())):
-        room = next((room for room in rooms if room.holds(bundle)), None)
-        if room is None:
+    pieces = [(bundle, size.labels) for size in sizes for bundle in _bundles(size)]
+    for bundle, labels in sorted(pieces, key=lambda one: (not one[1], -sum(one[0].values()))):
+        holding = [room for room in rooms if room.holds(bundle, labels)]
+        if not holding:
             return False
-        room.take(bundle)
+        min(holding, key=lambda room: room.left(bundle)).take(bundle)
     return True
+
+
+def _bundles(size: Size) -> list[dict[str, float]]:
+    """What must be whole on one machine."""
+    if size.together:
+        return [{name: amount * size.workers for name, amount in size.request.items()}]
+    return [dict(size.request)] * size.workers
 
 
 class _Room:
     """What is left of a machine."""
 
     def __init__(self, node: NodeShape) -> None:
-        self._left = {"CPU": node.cpus, "GPU": node.gpus, **(node.others or {})}
+        self._node, self._left = node, node.offered
 
-    def holds(self, bundle: Mapping[str, float]) -> bool:
-        return all(self._left.get(name, 0.0) + 1e-9 >= amount for name, amount in bundle.items() if amount > 0)
+    def holds(self, bundle: Mapping[str, float], labels: Mapping[str, str]) -> bool:
+        has = all(self._left.get(name, 0.0) + 1e-9 >= amount for name, amount in bundle.items() if amount > 0)
+        return has and self._node.is_as(labels)
+
+    def left(self, names: Iterable[str]) -> float:
+        """The sum of what is left of some resources."""
+        return sum(self._left.get(name, 0.0) for name in names)
 
     def take(self, bundle: Mapping[str, float]) -> None:
         for name, amount in bundle.items():

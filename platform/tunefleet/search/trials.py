@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tunefleet.errors import Refused
 from tunefleet.launch.draft import Stages, draft
 from tunefleet.plan import Plan
+from tunefleet.planning import refuse_too_large
+from tunefleet.recipe.sections import Recipe
 from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import RUNS, Trial
 from tunefleet.search.driven import plan_place
 from tunefleet.search.hosts import host_of
-from tunefleet.search.sizing import Size, shared_batch, trial_keys, trial_recipe
+from tunefleet.search.sizing import Size, shared_batch, size_of, trial_keys, trial_recipe
 from tunefleet.search.space import WISH, Branch, Point, Space
 from tunefleet.search.tournament import reseeded
 from tunefleet.shapes import ClusterShape
@@ -65,11 +67,15 @@ class Workshop:
         Raises:
             Refused, StrategyError: it cannot run on this cluster.
         """
-        keys = self.keys(point)
-        if keys.get("resources_per_worker") is None:
-            keys["resources_per_worker"] = dict(self._worker(int(str(self.shared.get(WISH) or 1))))
+        keys = self._sized(self.keys(point))
         recipe = trial_recipe(keys, name or f"trial_{point.digest}", self.search.child(RUNS).uri)
         return draft(recipe, self.cluster, self.root, stages)
+
+    def _sized(self, keys: Mapping[str, object]) -> dict[str, object]:
+        """The keys with the size of a worker, where none is written."""
+        written = keys.get("resources_per_worker")
+        size = self._worker(int(str(self.shared.get(WISH) or 1))) if written is None else written
+        return {**keys, "resources_per_worker": size}
 
     def _worker(self, wish: int) -> dict[str, float]:
         """The size of a worker where none is written: a GPU, or the CPUs shared by the trials that are wanted at once.
@@ -108,9 +114,12 @@ class Workshop:
         made: Plan | None = None
         counts: set[int] = set()
         why: str | None = None
+        too_large: Refused | None = None
         for values in branch.legal_outlines():
             try:
-                recipe = trial_recipe(trial_keys(branch, values, self.shared), "outline", "outline")
+                keys = self._sized(trial_keys(branch, values, self.shared))
+                recipe = trial_recipe(keys, "outline", "outline")
+                too_large = too_large or self._unheld(recipe)
                 most = recipe.method.traits().max_workers
                 wish = shared_batch(self.shared, recipe)[0]
                 counts.add(recipe.ray.max_workers)
@@ -118,6 +127,8 @@ class Workshop:
                     why = f"{recipe.method.label()} runs on {most}"
             except (Refused, StrategyError) as error:
                 refusal = refusal or error
+        if too_large is not None:
+            raise Refused(f"tune.space, {branch.name}: {too_large}")
         for values in itertools.islice(branch.legal_outlines(), MOST_DRAFTED):
             try:
                 made = self.plan(branch.point(values), stages)
@@ -129,8 +140,18 @@ class Workshop:
         host = None if self.tune.trial_host == "cold" else host_of(made, tuple(counts))
         return BranchPlan(branch, tuple(sorted(counts)), why, made, host)
 
+    def _unheld(self, recipe: Recipe) -> Refused | None:
+        """Why no node type holds a trial, where the types are known: it would be asked for, and never come."""
+        if not self.cluster.node_types:
+            return None
+        try:
+            refuse_too_large(recipe, self.cluster)
+        except Refused as error:
+            return error
+        return None
+
 
 def smallest(plans: list[BranchPlan]) -> Size:
-    """The size of the smallest trial that the space has."""
-    sizes = [Size(min(one.workers), one.plan.workers.resources) for one in plans]
+    """The size of the smallest trial that the space has, wherever it may be placed."""
+    sizes = [replace(size_of(one.plan.workers, min(one.workers)), labels={}) for one in plans]
     return min(sizes, key=lambda size: size.workers * sum(size.request.values()))

@@ -35,6 +35,7 @@ from tunefleet.recipe.sections import RaySettings, Recipe, RunSettings
 from tunefleet.recipe.tune import SearchRecipe, TuneSettings
 from tunefleet.search.board import open_board
 from tunefleet.search.book import BOOK, PLANS, RUNS, SEARCHER, Book, State
+from tunefleet.search.breadth import Breadth, all_may_wait, breadth, seats_for_drivers
 from tunefleet.search.driven import ENDED, ERROR, FIGURES, sentence
 from tunefleet.search.ending import leave
 from tunefleet.search.hosts import forks_here, host_keys, hosts_of
@@ -46,7 +47,6 @@ from tunefleet.search.result import RESULT_FOLDER
 from tunefleet.search.rounds import Rounds
 from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
 from tunefleet.search.searchers import pools, refuse_missing
-from tunefleet.search.sizing import most_at_once
 from tunefleet.search.space import WISH
 from tunefleet.search.tournament import planned_trials, repeats_due, samples
 from tunefleet.search.trial import RunTrial
@@ -68,7 +68,6 @@ _SWITCHES = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # a search goes on from its book
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_WARM_SWITCHES = {"TUNE_MAX_PENDING_TRIALS_PG": "16"}  # else hosts would start one after the other
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         joins = cluster_address(common.ray) is not None
         if joins:
             stack.enter_context(search_session(common.ray))
-        cluster = joined_shape() if joins else local_shape(common.ray)
+        cluster = joined_shape(common.ray) if joins else local_shape(common.ray)
         shop = Workshop(space, search.tune, search.keys, cluster, root, folder)
         warm = search.tune.trial_host == "warm"
         forks = warm and forks_here(common.ray, joins)
@@ -128,13 +127,18 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         notices = kept_as_they_are(plans) if search.tune.scheduler == "pbt" else ()
         for text in (*space.notices, *notices, *plans[0].plan.notices):
             display.note(text)
-        display.show_plan(plans, book, planned_trials(space, search.tune), _at_once(search.tune, shop, plans))
+        trials = planned_trials(space, search.tune)
+        seats = seats_for_drivers() if joins and not warm else None
+        wide = breadth(search.tune, smallest(plans), cluster, trials, seats)
+        if wide.notice is not None:
+            display.note(wide.notice)
+        display.show_plan(plans, book, trials, wide.most)
         if not joins:
             stack.enter_context(search_session(common.ray))
         wish = stack.enter_context(stop_wishes())
         stack.enter_context(display)
         try:
-            ending = _Search(shop, plans, book, common, display, wish, hosts).run()
+            ending = _Search(shop, plans, book, common, display, wish, hosts, wide).run()
         except KeyboardInterrupt as error:
             raise BrokenOff("Broken off: the same command goes on from the trials' newest checkpoints.") from error
         except RayError as error:
@@ -145,12 +149,6 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         return SearchOutcome(book, search.tune, folder, output_dir, ending)
     leave(shop, book, output_dir, plot=common.run.plot_loss)
     return SearchOutcome(book, search.tune, folder, output_dir, 0)
-
-
-def _at_once(settings: TuneSettings, shop: Workshop, plans: list[BranchPlan]) -> int:
-    """How many trials can be under way at the same time, at most."""
-    room = most_at_once(smallest(plans), shop.cluster)
-    return room if settings.max_concurrent_trials == "auto" else min(room, settings.max_concurrent_trials)
 
 
 def _open_book(search: SearchRecipe, common: Recipe, folder: Place, branches: int) -> Book:
@@ -232,6 +230,7 @@ class _Search:
         display: SearchDisplay,
         wish: StopWish,
         hosts: Hosts | None,
+        wide: Breadth,
     ) -> None:
         """
         Args:
@@ -250,9 +249,10 @@ class _Search:
             book,
             shop.plan,
             shop.put,
-            shop.cluster,
+            wide.cluster,
             repeats=(lambda: repeats_due(book, settings, common.training.seed)) if settings.tournament else None,
-            most_at_once=None if settings.max_concurrent_trials == "auto" else settings.max_concurrent_trials,
+            most_at_once=wide.limit,
+            least=smallest(plans),
             seed=seed,
             config=None if self._hosts is None else host_keys,
             until=first_turn(settings, self._clock) if settings.scheduler == "pbt" else None,
@@ -260,7 +260,7 @@ class _Search:
         self._population = Population(shop, book, self._clock, seed, self._notes.append)
         self._board = open_board()
         self._scribe = Scribe(book, self._searcher, shop.search, self._clock)
-        self._most = _at_once(settings, shop, plans)
+        self._most = max(1, wide.most)
         self._error: BaseException | None = None
 
     def run(self) -> int:
@@ -295,13 +295,13 @@ class _Search:
 
     def _fit(self) -> None:
         try:
-            self._tuner().fit()
+            with all_may_wait(self._most):
+                self._tuner().fit()
         except BaseException as error:  # handed over to the main thread, which raises it
             self._error = error
 
     def _tuner(self) -> ray_tune.Tuner:
-        switches = _SWITCHES if self._hosts is None else _SWITCHES | _WARM_SWITCHES
-        for name, value in switches.items():
+        for name, value in _SWITCHES.items():
             os.environ.setdefault(name, value)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         settings, search = self._shop.tune, self._shop.search
