@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,14 +174,13 @@ def new_adapter(settings: Lora, model: PreTrainedModel, context: AttachContext) 
 
 def _adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     tied = anatomy(model).tied if config.ensure_weight_tying else None
+    planned = model.device.type == "meta"
     try:
-        adapted = get_peft_model(
-            model,
-            config,
-            adapter_name=ADAPTER,
-            autocast_adapter_dtype=False,
-            low_cpu_mem_usage=model.device.type == "meta",  # a plan draws no start values
-        )
+        # A plan draws no start values, and takes no memory: PEFT alone makes them on the CPU before it lets them go.
+        with model.device if planned else nullcontext():
+            adapted = get_peft_model(
+                model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=planned
+            )
     except (TypeError, ValueError) as problem:
         raise StrategyError(
             f"PEFT cannot put this adapter on {type(model).__name__} ({problem}); name other targets"

@@ -82,6 +82,12 @@ def test_meta_tensors_give_the_same_shapes(architecture: str, variant: Lora, bui
     assert variant.notices(meta) == variant.notices(real)
 
 
+def test_a_plan_takes_no_memory_for_factors_that_only_workers_shall_have(build: Call, attach: Call) -> None:
+    """A terabyte for the first of them."""
+    planned = attach(Lora(lora_rank=4_000_000_000), build("llama", meta=True))
+    assert sum(p.nbytes for p in planned.parameters()) > 10**12
+
+
 def test_merged_logits_equal_base_plus_adapter(
     architecture: str, build: Call, attach: Call, train: Call, logits: Call, tmp_path: Path
 ) -> None:

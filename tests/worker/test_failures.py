@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from tunefleet.errors import PeerFailed, Refused, RunFailed
@@ -40,6 +43,25 @@ def failure(
 )
 def test_an_exception_becomes_data(error: Exception, kind: str, message: str, refused: bool, final: bool) -> None:
     assert describe_failure(error, attempt=2, rank=1, step=7) == Failure(2, 1, 7, kind, message, refused, final)
+
+
+@pytest.mark.parametrize(
+    ("error", "so"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (MemoryError(), True),
+        (ValueError("odd"), False),
+    ],
+)
+def test_memory_that_was_too_small_is_known_as_that(error: Exception, so: bool) -> None:
+    assert describe_failure(error, 1, 0, 0).out_of_memory is so
+
+
+@pytest.mark.parametrize("make", [torch.empty, np.empty])
+def test_memory_of_a_cpu_that_was_too_small_is_known_as_that(make: Callable[[tuple[int, int]], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        make((10**13, 64))  # more than a process can address
+    assert describe_failure(raised.value, 1, 0, 0).out_of_memory
 
 
 def test_nothing_failed_yet(record: Place) -> None:

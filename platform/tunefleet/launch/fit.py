@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ray.train import WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.result import Result
 
 from tunefleet.artifacts.folder import RunFolder
+from tunefleet.errors import RunFailed
 from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.verdict import ending_of, summary_of
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
+from tunefleet.training.files import first_line
 from tunefleet.worker.job import JobConfig
 from tunefleet.worker.under_ray import run_under_ray
 
@@ -55,6 +58,12 @@ def _patience(plan: Plan) -> Iterator[None]:
         del os.environ[_START_TIMEOUT]
 
 
+def in_a_line(error: WorkerGroupError) -> str:
+    """What Ray says of workers that failed, without the page that it says it on."""
+    ranks = "; ".join(f"rank {rank}: {first_line(failure)}" for rank, failure in sorted(error.worker_failures.items()))
+    return f"{ranks} Whoever leaves no word was killed, ran out of its node's memory, or its node is gone"
+
+
 class Fit(threading.Thread):
     """`TorchTrainer.fit` off the main thread, which must stay free for signals."""
 
@@ -83,7 +92,9 @@ class Fit(threading.Thread):
         Raises:
             Refused, RunFailed: as `summary_of`.
         """
-        return summary_of(self._returned, self._error, folder, mark)
+        error = self._error
+        told = RunFailed(in_a_line(error)) if isinstance(error, WorkerGroupError) else error
+        return summary_of(self._returned, told, folder, mark)
 
     @property
     def _returned(self) -> Any:

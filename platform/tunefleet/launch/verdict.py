@@ -43,4 +43,4 @@ def summary_of(returned: object, error: Exception | None, folder: RunFolder, mar
         raise RunFailed(str(returned["why"]))
     if failure is not None:
         raise RunFailed(f"The run failed at step {failure.step}: {failure.message}") from error
-    raise RunFailed(f"The run failed before its first step: {error}") from error
+    raise RunFailed(f"The run failed without a word from its workers: {error}") from error

@@ -38,7 +38,10 @@ class Board:
 
 
 def open_board() -> Any:  # a Ray actor handle, which Ray does not type
-    """Put up a board on the cluster that this process is connected to."""
+    """Put up a board on this process's node: Ray would take any, and a search shall outlive the loss of the others."""
     import ray  # drivers in forks take `Progress` from here, and live without it
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    return actor.options(scheduling_strategy=here).remote()

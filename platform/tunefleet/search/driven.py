@@ -35,7 +35,6 @@ FIGURES = ("step", "loss", "eval_loss", "grad_norm", "tokens", "tokens_per_secon
 """What of a report is kept."""
 SUMMED = ("step", "loss", "eval_loss", "seconds", "tokens", "tokens_per_second")
 """What of it comes from the summary of a run."""
-OUT_OF_MEMORY = "OutOfMemoryError"
 _TELL_SECONDS = 0.5
 _FAREWELL_SECONDS = 60.0
 """How long a stopped trial's workers have to save and to end."""
@@ -226,9 +225,9 @@ class Driven:
             summary = running.summary()
         except RunFailed as error:
             failure = last_failure(failures(self._folder.record, self._mark))
-            if failure is None or not (failure.final or failure.kind == OUT_OF_MEMORY):
+            if failure is None or not (failure.final or failure.out_of_memory):
                 raise
-            return self._ended("infeasible" if failure.kind == OUT_OF_MEMORY else "failed", sentence(failure, error))
+            return self._ended("infeasible" if failure.out_of_memory else "failed", sentence(failure, error))
         self._running = None
         if summary["stopped"] and summary["step"] == self._leg.until:
             self._held.close()  # whoever goes on with the run need not wait until this process has ended

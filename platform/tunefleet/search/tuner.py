@@ -16,8 +16,9 @@ from typing import Any
 
 import ray
 from pydantic import JsonValue
+from ray import cloudpickle
 from ray import tune as ray_tune
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.tune import TuneError
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Trial as RayTrial
@@ -55,6 +56,7 @@ from tunefleet.search.warm.forks import ForkServer, fork_server
 from tunefleet.search.warm.host import Hosts, HostTrial, place_of
 from tunefleet.shapes import TRIAL_DRIVER
 from tunefleet.storage import Place, place
+from tunefleet.training.files import first_line
 from tunefleet.worker.failures import failures, last_failure
 
 HEAD_NODE = "node:__internal_head__"
@@ -353,6 +355,15 @@ def _name(trial: RayTrial) -> str:
     return name
 
 
+def _last_error(trial: RayTrial) -> str:
+    """What Ray Tune caught last of a trial: an error of ours in its own words, else how Ray's begins.
+
+    `RayTrial.get_pickled_error` looks in the storage, where the file is not yet.
+    """
+    error: Exception = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return first_line(error.cause if isinstance(error, RayTaskError) else error)
+
+
 def driver_seat(settings: TuneSettings, most: int) -> PlacementGroupFactory:
     """What the driver of a trial takes: never a CPU, or drivers would hold those that their workers wait for.
 
@@ -417,9 +428,7 @@ class Scribe(ray_tune.Callback):
         """A trial has failed as often as it may."""
         folder = RunFolder(self._search.child(RUNS, _name(trial)))
         failure = last_failure(failures(folder.record, mark_of(folder.claim)))
-        error = trial.get_pickled_error()
-        text = sentence(failure) if failure is not None else str(error).strip().splitlines()[-1]
-        self._note(trial, "failed", text)
+        self._note(trial, "failed", sentence(failure) if failure is not None else _last_error(trial))
 
     def _note(self, trial: RayTrial, state: State, error: str | None = None) -> None:
         kept = self._book.named(_name(trial))

@@ -43,6 +43,11 @@ class Failure:
     echo: bool = False
     """Whether it only says that another rank was lost."""
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether memory was too small: on a GPU torch has an exception for that, on a CPU it says so in words."""
+        return self.kind.endswith("MemoryError") or "can't allocate memory" in self.message
+
     def repeats(self, other: Failure) -> bool:
         """Whether this is the same error at the same step."""
         same = (self.step, self.kind, self.message) == (other.step, other.kind, other.message)
