@@ -188,7 +188,7 @@ def test_wrong_credentials(name: str, server: Server, monkeypatch: pytest.Monkey
 def test_a_server_that_is_not_there(way: Way, name: str) -> None:
     way.cut()
     with pytest.raises(StoreFailed, match=r"out of reach for \d+ s"):
-        place(uri(f"{name}/runs", way.host)).try_out()
+        place(uri(f"{name}/runs", way.host)).try_out(15.0)
 
 
 def test_the_environments_endpoint_is_written_into_the_uri(

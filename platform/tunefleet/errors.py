@@ -23,6 +23,14 @@ class BrokenOff(Exception):
     """A person would not wait for a run to stop by itself. Exit code 130."""
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, as a piece of a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+LONGEST_REASON = 160
+"""Characters of what a library says, where it may be a page in one line."""
+
+
+def first_line(error: BaseException, longest: int | None = None) -> str:
+    """What an error of somebody else's says, as a piece of a sentence of ours.
+
+    Args:
+        longest: characters to cut it to; None = all of it.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest].rstrip(".")

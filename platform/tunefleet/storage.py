@@ -30,8 +30,6 @@ _T = TypeVar("_T")
 
 COMPLETE = "complete.json"
 CHUNK_BYTES = 8 * 2**20
-_TRIAL_SECONDS = 15.0
-"""Patience of a command that has not begun: its store is not down for a moment, it is named wrongly."""
 STALE_NAME = re.compile(r"\..+\.tmp-[0-9a-f]{32}")
 
 Files = dict[str, dict[str, int | str]]
@@ -219,8 +217,11 @@ class Place:
             self._move(doomed)
         doomed._patiently(doomed._remove)
 
-    def try_out(self) -> None:
+    def try_out(self, patience_seconds: float | None = None) -> None:
         """Write a small file here and remove it, as a run will do.
+
+        Args:
+            patience_seconds: how long to go on trying; None = as long as ever.
 
         Raises:
             OSError, StoreFailed: that cannot be done.
@@ -232,7 +233,7 @@ class Place:
             trial._write_once(content)
             self.filesystem.delete_file(trial.path)
 
-        with_patience(once, self.uri, _TRIAL_SECONDS)
+        with_patience(once, self.uri, self.patience_seconds if patience_seconds is None else patience_seconds)
 
     @property
     def _renames(self) -> bool:

@@ -128,7 +128,7 @@ def test_a_store_that_cannot_be_used_is_refused_before_anything_is_started(
     world: World, server: Server, way: Way, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     storage = uri("no-such-bucket/x" if wrong == "bucket" else "runs/d", way.host)
-    monkeypatch.setattr("tunefleet.storage._TRIAL_SECONDS", 1.0)
+    monkeypatch.setattr("tunefleet.launch.home._TRIAL_SECONDS", 1.0)
     monkeypatch.setattr("tunefleet.launch.train._fit", lambda *_: pytest.fail("it was started"))
     if wrong == "credentials":
         server.demand_credentials()

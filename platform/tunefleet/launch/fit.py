@@ -13,12 +13,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.result import Result
 
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.errors import RunFailed
+from tunefleet.errors import LONGEST_REASON, RunFailed, first_line
 from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.verdict import ending_of, summary_of
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
-from tunefleet.training.files import first_line
 from tunefleet.worker.job import JobConfig
 from tunefleet.worker.under_ray import run_under_ray
 
@@ -60,8 +59,10 @@ def _patience(plan: Plan) -> Iterator[None]:
 
 def in_a_line(error: WorkerGroupError) -> str:
     """What Ray says of workers that failed, without the page that it says it on."""
-    ranks = "; ".join(f"rank {rank}: {first_line(failure)}" for rank, failure in sorted(error.worker_failures.items()))
-    return f"{ranks} Whoever leaves no word was killed, ran out of its node's memory, or its node is gone"
+    ranks = "; ".join(
+        f"rank {rank}: {first_line(failure, LONGEST_REASON)}" for rank, failure in sorted(error.worker_failures.items())
+    )
+    return f"{ranks}. Whoever leaves no word was killed, ran out of its node's memory, or its node is gone"
 
 
 class Fit(threading.Thread):

@@ -16,6 +16,9 @@ from tunefleet.stores import StoreFailed
 _MARKER = "run.json"
 """The file of an output folder that names the run which wrote it."""
 
+_TRIAL_SECONDS = 15.0
+"""Patience of a command that has not begun: its store is not down for a moment, it is named wrongly."""
+
 
 def refuse_unwritable(folder: Path, key: str) -> None:
     """See that a folder can be written to, now rather than after the training. Makes it.
@@ -40,7 +43,7 @@ def refuse_unusable(storage: Place, key: str) -> None:
     if storage.local_path is not None:  # nothing is made on a disk before the recipe has been looked at
         return
     try:
-        storage.try_out()
+        storage.try_out(_TRIAL_SECONDS)
     except (OSError, StoreFailed) as error:
         raise Refused(f"{key}: {error}") from error
 

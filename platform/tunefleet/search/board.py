@@ -38,10 +38,9 @@ class Board:
 
 
 def open_board() -> Any:  # a Ray actor handle, which Ray does not type
-    """Put up a board on this process's node: Ray would take any, and a search shall outlive the loss of the others."""
-    import ray  # drivers in forks take `Progress` from here, and live without it
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    """Put up a board on this process's node, so that a search outlives the loss of any other."""
+    from tunefleet.worker.beside import (
+        beside_driver,  # drivers in forks take `Progress` from here, and live without Ray
+    )
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0)(Board)
-    return actor.options(scheduling_strategy=here).remote()
+    return beside_driver(Board)

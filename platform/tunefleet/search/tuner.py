@@ -7,8 +7,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from tunefleet.artifacts.claim import mark_of
 from tunefleet.artifacts.folder import RunFolder
-from tunefleet.errors import BrokenOff, Refused, RunFailed
+from tunefleet.errors import LONGEST_REASON, BrokenOff, Refused, RunFailed, first_line
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, search_session
 from tunefleet.launch.home import refuse_foreign_output, refuse_unusable, refuse_unwritable
 from tunefleet.launch.runs import claimed
@@ -56,7 +56,6 @@ from tunefleet.search.warm.forks import ForkServer, fork_server
 from tunefleet.search.warm.host import Hosts, HostTrial, place_of
 from tunefleet.shapes import TRIAL_DRIVER
 from tunefleet.storage import Place, place
-from tunefleet.training.files import first_line
 from tunefleet.worker.failures import failures, last_failure
 
 HEAD_NODE = "node:__internal_head__"
@@ -139,18 +138,25 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
             stack.enter_context(search_session(common.ray))
         wish = stack.enter_context(stop_wishes())
         stack.enter_context(display)
-        try:
+        with _told_of_ray():
             ending = _Search(shop, plans, book, common, display, wish, hosts, wide).run()
-        except KeyboardInterrupt as error:
-            raise BrokenOff("Broken off: the same command goes on from the trials' newest checkpoints.") from error
-        except RayError as error:
-            raise RunFailed("Ray ended during the search: the same command goes on from what it left.") from error
-        except TuneError as error:
-            raise RunFailed(f"Ray Tune broke off ({error}): the same command goes on from what it left.") from error
     if ending:
         return SearchOutcome(book, search.tune, folder, output_dir, ending)
     leave(shop, book, output_dir, plot=common.run.plot_loss)
     return SearchOutcome(book, search.tune, folder, output_dir, 0)
+
+
+@contextmanager
+def _told_of_ray() -> Iterator[None]:
+    """Turn what Ray raises during a search into our own sentences."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise BrokenOff("Broken off: the same command goes on from the trials' newest checkpoints.") from error
+    except RayError as error:
+        raise RunFailed("Ray ended during the search: the same command goes on from what it left.") from error
+    except TuneError as error:
+        raise RunFailed(f"Ray Tune broke off ({error}): the same command goes on from what it left.") from error
 
 
 def _open_book(search: SearchRecipe, common: Recipe, folder: Place, branches: int) -> Book:
@@ -361,7 +367,8 @@ def _last_error(trial: RayTrial) -> str:
     `RayTrial.get_pickled_error` looks in the storage, where the file is not yet.
     """
     error: Exception = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    return first_line(error.cause if isinstance(error, RayTaskError) else error)
+    caught = error.cause if isinstance(error, RayTaskError) else error
+    return f"{first_line(caught, LONGEST_REASON)}."
 
 
 def driver_seat(settings: TuneSettings, most: int) -> PlacementGroupFactory:

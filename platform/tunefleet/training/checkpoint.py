@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunefleet.errors import Refused
+from tunefleet.errors import LONGEST_REASON, Refused, first_line
 from tunefleet.storage import Place
 from tunefleet.training.engines.engine import Engine
 from tunefleet.training.engines.plain import OPTIMIZER, WEIGHTS
-from tunefleet.training.files import digest, first_line, load_pickle, load_tensors, read, save_tensors
+from tunefleet.training.files import digest, load_pickle, load_tensors, read, save_tensors
 from tunefleet.training.random_state import capture, restore
 from tunefleet_strategies.contract import Saved
 
@@ -110,7 +110,7 @@ def load(folder: Path, state: RunState) -> Loaded:
         state.engine.restore(document["engine"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise Refused(
-            f"The checkpoint {folder} does not belong to this run ({first_line(error)}): "
+            f"The checkpoint {folder} does not belong to this run ({first_line(error, LONGEST_REASON)}): "
             "write resume_from_checkpoint: false to start anew."
         ) from error
     return Loaded(progress, _put_random(random, state.engine, folder))
@@ -192,7 +192,7 @@ def _put_random(random: Mapping[str, Tensor], engine: Engine, folder: Path) -> t
         try:
             restore(random[f"rank{engine.rank}"], engine.model)
         except RuntimeError as error:
-            raise Refused(f"The random state in {folder} is damaged ({first_line(error)}).") from error
+            raise Refused(f"The random state in {folder} is damaged ({first_line(error, LONGEST_REASON)}).") from error
     if len(random) == engine.world:
         return ()
     return (

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tunefleet.errors import Refused
+from tunefleet.errors import LONGEST_REASON, Refused, first_line
 
 _T = TypeVar("_T")
 
@@ -63,14 +63,8 @@ def read(path: Path, reader: Callable[[Path], _T]) -> _T:
     except FileNotFoundError as error:
         raise Refused(f"The checkpoint file {path} is missing: resume from another checkpoint.") from error
     except _DAMAGE as error:
-        raise Refused(
-            f"The checkpoint file {path} is damaged ({first_line(error)}): resume from another checkpoint."
-        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, cut to 160 characters."""
-    return str(error).strip().split("\n")[0][:160]
+        said = first_line(error, LONGEST_REASON)
+        raise Refused(f"The checkpoint file {path} is damaged ({said}): resume from another checkpoint.") from error
 
 
 def digest(value: object) -> str:

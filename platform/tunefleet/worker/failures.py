@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from tunefleet.errors import PeerFailed, Refused, RunFailed
+from tunefleet.errors import LONGEST_REASON, PeerFailed, Refused, RunFailed, first_line
 from tunefleet.storage import Place
-from tunefleet.training.files import first_line
 from tunefleet_strategies.contract import StrategyError
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
@@ -58,8 +57,9 @@ def describe_failure(error: Exception, attempt: int, rank: int, step: int) -> Fa
     """An exception as data."""
     refused = isinstance(error, Refused | StrategyError)
     if not refused and disk_is_full(error):
+        said = first_line(error, LONGEST_REASON)
         error = RunFailed(
-            f"The worker's disk takes no more ({first_line(error)}): make room on it, or lower save_total_limit; older "
+            f"The worker's disk takes no more ({said}): make room on it, or lower save_total_limit; older "
             "checkpoints are whole, and the same command goes on from the newest."
         )
     known = refused or isinstance(error, RunFailed)
@@ -90,12 +90,12 @@ def disk_is_full(error: BaseException) -> bool:
 def record_failure(record: Place, mark: str, failure: Failure) -> None:
     """Keep a failure in a file of its own: several ranks may fail at once."""
     name = f"{failure.attempt:04d}_{failure.rank:04d}.json"
-    _folder(record, mark).child(name).write_text(json.dumps(asdict(failure), indent=2))
+    notes_of(record, mark).child(name).write_text(json.dumps(asdict(failure), indent=2))
 
 
 def failures(record: Place, mark: str) -> list[Failure]:
     """All failures since the command of this mark was given, oldest attempt first, each attempt's lowest rank first."""
-    files = [file for file in _folder(record, mark).children() if file.name.endswith(".json")]
+    files = [file for file in notes_of(record, mark).children() if file.name.endswith(".json")]
     return [Failure(**json.loads(file.read_text())) for file in sorted(files, key=lambda file: file.name)]
 
 
@@ -105,8 +105,8 @@ def last_failure(past: Sequence[Failure]) -> Failure | None:
     return min(newest, key=lambda failure: (not failure.final, failure.echo, failure.rank), default=None)
 
 
-def _folder(record: Place, mark: str) -> Place:
-    """Of this command alone: workers that outlived another one may still fail."""
+def notes_of(record: Place, mark: str) -> Place:
+    """Where failures are kept, of this command alone: workers that outlived another one may still fail."""
     return record.child("failures", mark)
 
 

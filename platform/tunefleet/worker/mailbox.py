@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tunefleet.worker.beside import beside_driver
 from tunefleet.worker.exits import end_surely
 from tunefleet.worker.termination import terminated
 
@@ -50,9 +50,7 @@ class Mailbox:
 
 def open_mailbox() -> Any:  # a Ray actor handle, which Ray does not type
     """Start a mailbox on this process's node, so that it lives as long as the driver, whichever other node goes."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0)(Mailbox)
-    return actor.options(scheduling_strategy=here).remote()
+    return beside_driver(Mailbox)
 
 
 def collect(mailbox: Any) -> list[Event]:

@@ -9,7 +9,7 @@ from tunefleet.errors import RunFailed, Superseded, first_line
 from tunefleet.plan import Plan
 from tunefleet.worker.build import Trainee, build, open_data
 from tunefleet.worker.events import Arrived
-from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, record_failure
+from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, notes_of, record_failure
 from tunefleet.worker.finish import finish
 from tunefleet.worker.job import Job
 from tunefleet.worker.leaving import Leaving, Messages, Watch
@@ -79,9 +79,7 @@ def _past(job: Job) -> list[Failure]:
         RunFailed: the record takes no note, so attempts that die of that would know nothing of each other for ever.
     """
     try:
-        trial = job.folder.record.child("failures", job.mark, "trial")
-        trial.write_text("")
-        trial.delete()
+        notes_of(job.folder.record, job.mark).try_out()
         return failures(job.folder.record, job.mark)
     except OSError as error:
         raise RunFailed(
