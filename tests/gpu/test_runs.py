@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.worker.test_resume import Killer
-from tests.worker.under_ray import METHODS, SAVE_STEPS, UPDATES, Watching, World
+from tests.worker.under_ray import METHODS, SAVE_STEPS, UPDATES, World
 
 from tunefleet.artifacts.metrics import read_metrics
 
@@ -24,8 +24,8 @@ CELLS = [(method, 1) for method in METHODS] + [("full", 2), ("lora_dropout", 2),
 def test_a_killed_worker_goes_on_from_its_checkpoint(world: World, method: str, workers: int) -> None:
     if torch.cuda.device_count() < workers:
         pytest.skip(f"there are fewer than {workers} GPUs")
-    killer = Killer(world, "killed", SAVE_STEPS + 3)
-    outcome = world.run(world.recipe("killed", method, workers, **ONE_EACH), Watching(killer))
+    with Killer(world, "killed", SAVE_STEPS + 3) as killer:
+        outcome = world.run(world.recipe("killed", method, workers, **ONE_EACH))
     assert killer.killed is not None
     assert outcome.exit_code == 0
     assert outcome.plan.workers.device == "cuda"
