@@ -270,7 +270,7 @@ def main() -> int:
     """Measure, print, keep; 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description="Short trials: warm, cold, and in Ray Tune's own way.")
     parser.add_argument("--trials", type=int, default=16, help="4, 8, 12 or 16 trials a search (16)")
-    parser.add_argument("--steps", type=int, default=60, help="updates of a trial (60: about a second)")
+    parser.add_argument("--steps", type=int, default=30, help="updates of a trial (30: about a second)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side takes its turn (3)")
     parser.add_argument("--cold-rounds", type=int, default=1, help="how often the cold side does (1)")
     parser.add_argument("--own-way", type=Path, help=argparse.SUPPRESS)

@@ -21,7 +21,7 @@ from tunefleet.plan import Plan
 from tunefleet.recipe.problems import Problem, RecipeError
 from tunefleet.storage import Damaged
 from tunefleet_strategies import registry
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 TWELVE = """
 model_name_or_path: base

@@ -29,9 +29,9 @@ from tunefleet_strategies.contract import (
     Precision,
     Sharding,
     Strategy,
-    StrategyError,
     Traits,
 )
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.parts import Anatomy
 
 BASE: dict[str, object] = {

@@ -60,7 +60,7 @@ def options(
 def main() -> None:
     """Run a command and turn its errors into one sentence and an exit code."""
     from tunefleet.recipe.problems import RecipeError
-    from tunefleet_strategies.contract import StrategyError
+    from tunefleet_strategies.errors import StrategyError
 
     _quiet_libraries()
     try:

@@ -22,7 +22,8 @@ from transformers import (
 
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
-from tunefleet_strategies.contract import ModelShape, ParameterShape, StrategyError
+from tunefleet_strategies.contract import ModelShape, ParameterShape
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.parts import Anatomy
 from tunefleet_strategies.targets import anatomy
 

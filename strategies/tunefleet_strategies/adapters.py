@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefleet_strategies import pissa
-from tunefleet_strategies.contract import AttachContext, StrategyError
+from tunefleet_strategies.contract import AttachContext
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.parts import Tied
 from tunefleet_strategies.placement import Placement, placement
 from tunefleet_strategies.targets import anatomy, is_linear, matching

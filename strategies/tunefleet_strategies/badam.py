@@ -52,9 +52,9 @@ from tunefleet_strategies.contract import (
     Precision,
     Saved,
     Strategy,
-    StrategyError,
     Traits,
 )
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.fields import BACKEND_WORDS, OptimizerBackend
 from tunefleet_strategies.optim.block_adamw import Block, BlockAdamW
 from tunefleet_strategies.optim.block_schedule import NEVER, BlockSchedule, SwitchMode

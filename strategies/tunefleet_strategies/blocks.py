@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.parts import Anatomy
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from tunefleet_strategies.contract import Saved, Strategy, StrategyError
+from tunefleet_strategies.contract import Saved, Strategy
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.carrying import decayed
 
 SHARED = frozenset({"learning_rate", "weight_decay"})

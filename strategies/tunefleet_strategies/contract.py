@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.parts import Anatomy
 
 Sharding = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
@@ -26,10 +27,6 @@ OptimizerName = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd"]
 
 ADAMW: frozenset[OptimizerName] = frozenset({"adamw_torch", "adamw_torch_fused"})
 """The names of torch's AdamW."""
-
-
-class StrategyError(ValueError):
-    """A method cannot do what was asked of it. The message is one sentence that ends with the mend."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunefleet_strategies.contract import Saved, StrategyError
+from tunefleet_strategies.contract import Saved
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.carrying import Factors, resized_factors
 from tunefleet_strategies.optim.draws import generator_of
 

@@ -33,9 +33,9 @@ from tunefleet_strategies.contract import (
     OptimizerSpec,
     Precision,
     Strategy,
-    StrategyError,
     Traits,
 )
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.fields import ALL, Names, OptionalNames, OptionalNumbers
 from tunefleet_strategies.footprints import adam_footprint
 from tunefleet_strategies.optim.build import optimizer_over

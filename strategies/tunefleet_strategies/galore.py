@@ -52,9 +52,9 @@ from tunefleet_strategies.contract import (
     Precision,
     Saved,
     Strategy,
-    StrategyError,
     Traits,
 )
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.fields import ALL, BACKEND_WORDS, Names, OptimizerBackend
 from tunefleet_strategies.optim.carrying import resized_subspace
 from tunefleet_strategies.optim.draws import generator_of

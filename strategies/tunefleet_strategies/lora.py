@@ -44,9 +44,9 @@ from tunefleet_strategies.contract import (
     Saved,
     Sharding,
     Strategy,
-    StrategyError,
     Traits,
 )
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.fields import ALL, Names, OptionalNames
 from tunefleet_strategies.footprints import adam_footprint
 

@@ -20,7 +20,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tunefleet_strategies.contract import AttachContext, StrategyError
+from tunefleet_strategies.contract import AttachContext
+from tunefleet_strategies.errors import StrategyError
 
 TRAINED_FOLDER = "pissa_adapter"
 INITIAL_FOLDER = "pissa_initial"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.fields import ALL
 from tunefleet_strategies.parts import Anatomy
 from tunefleet_strategies.targets import (

@@ -13,7 +13,8 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
 from tunefleet_strategies.badam import BAdam
-from tunefleet_strategies.contract import Strategy, StrategyError
+from tunefleet_strategies.contract import Strategy
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
 from tunefleet_strategies.galore import GaLore

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.fields import ALL
 from tunefleet_strategies.parts import Anatomy, Tied
 

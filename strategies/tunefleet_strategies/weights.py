@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunefleet_strategies.contract import Precision, StrategyError
+from tunefleet_strategies.contract import Precision
+from tunefleet_strategies.errors import StrategyError
 
 
 def hold(model: nn.Module, precision: Precision) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import search_quality
 import yaml
-from search_quality import GRID, GRID_KEYS, RECIPE, Beside, beside, default_branch, rates, whole
+from search_quality import GRID, GRID_KEYS, RECIPE, Beside, beside, default_branch, executed, rates, whole
 
 from tunefleet.recipe.tune import search_from
 from tunefleet.search.opening import open_space
@@ -36,7 +37,7 @@ def test_each_method_is_tried_with_its_defaults_at_three_rates() -> None:
 def test_the_grid_of_asha_is_a_grid() -> None:
     recipe = yaml.safe_load(RECIPE.read_text())
     space = open_space(search_from({**recipe, **GRID_KEYS, "tune": {"search": "grid", "space": [GRID]}}))
-    assert len(list(space.points())) == 18
+    assert len(list(space.points())) == 21
 
 
 def test_what_counts_is_whole_trials_best_first() -> None:
@@ -55,7 +56,18 @@ def test_every_goal_must_be_reached(found: float, steps: int, middle: float, goo
 def test_asha_is_set_beside_the_grid() -> None:
     grid = [trial(1.0, 50), trial(2.0, 50), trial(4.0, 50)]
     stopped = [trial(1.5, 10, "stopped"), trial(1.0, 50)]
-    assert beside(grid, stopped) == Beside(best=1.0, middle=2.0, found=1.0, steps=60, all_steps=150)
+    assert beside(grid, stopped, 63) == Beside(best=1.0, middle=2.0, found=1.0, steps=63, all_steps=150)
+
+
+def test_steps_that_a_stopped_trial_took_before_it_heard_of_it_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_quality, "REPOSITORY", tmp_path)
+    record = tmp_path / search_quality.FOLDER / "runs" / "asha_0" / "trials" / "trial_0001" / "record"
+    record.mkdir(parents=True)
+    attempts = [{"attempt": number, "start_step": 0, "executed_steps": 6} for number in (1, 2)]
+    (record / "attempts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in attempts))
+    assert executed("asha_0", [{"run": "trial_0001", "steps": 10}]) == 12
 
 
 @pytest.mark.parametrize(("written", "run"), [([], ["methods", "asha"]), (["asha"], ["asha"])])

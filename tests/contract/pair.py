@@ -14,7 +14,8 @@ from tests.training.tiny import MemoryRows, Run, start
 from tunefleet.training.checkpoint import fingerprints
 from tunefleet.training.determinism import pin
 from tunefleet_strategies.badam import BAdam
-from tunefleet_strategies.contract import OptimizerSpec, Strategy, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec, Strategy
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.optim.galore import Behaviour, GaLoreAdamW
 from tunefleet_strategies.optim.groups import Group

@@ -20,7 +20,8 @@ from tunefleet.plan import Plan
 from tunefleet.recipe.read import read_flat
 from tunefleet.recipe.sections import Recipe
 from tunefleet.shapes import ClusterShape, NodeShape
-from tunefleet_strategies.contract import AttachContext, Precision, StrategyError
+from tunefleet_strategies.contract import AttachContext, Precision
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.block_schedule import BlockSchedule
 
 LAPTOP = ClusterShape((NodeShape(cpus=2),), cpu=Hardware("cpu", bf16=False))

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.lora import Lora
 
 Call = Callable[..., Any]

@@ -14,14 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.blocks import listed
-from tunefleet_strategies.contract import (
-    ModelShape,
-    OptimizerName,
-    OptimizerSpec,
-    ParameterShape,
-    Precision,
-    StrategyError,
-)
+from tunefleet_strategies.contract import ModelShape, OptimizerName, OptimizerSpec, ParameterShape, Precision
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.block_adamw import BlockAdamW
 from tunefleet_strategies.optim.ratio_adamw import RatioAdamW
 from tunefleet_strategies.targets import anatomy

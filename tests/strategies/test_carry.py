@@ -11,7 +11,8 @@ import torch
 
 from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.carry import carry, mutable_keys
-from tunefleet_strategies.contract import OptimizerSpec, Saved, Strategy, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec, Saved, Strategy
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.full import Full
 from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.lora import Lora

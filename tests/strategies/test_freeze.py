@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from tunefleet_strategies.contract import Precision, StrategyError
+from tunefleet_strategies.contract import Precision
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.freeze import Freeze
 
 Call = Callable[..., Any]

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tunefleet_strategies.contract import ADAMW, OptimizerSpec, Precision, StrategyError, Traits
+from tunefleet_strategies.contract import ADAMW, OptimizerSpec, Precision, Traits
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.galore import GaLore
 from tunefleet_strategies.optim import upstream_galore
 from tunefleet_strategies.optim.galore import Behaviour, GaLoreAdamW

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from tunefleet_strategies.adapters import adapter_layers
-from tunefleet_strategies.contract import LogUniform, Precision, StrategyError
+from tunefleet_strategies.contract import LogUniform, Precision
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.lora import Lora
 from tunefleet_strategies.targets import anatomy
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.lora import Lora
 from tunefleet_strategies.pissa import converted_config, factorise, factors
 

@@ -11,7 +11,7 @@ import pytest
 
 from tunefleet_strategies import registry
 from tunefleet_strategies.badam import BAdam
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.freeze import Freeze
 from tunefleet_strategies.full import Full
 from tunefleet_strategies.galore import GaLore

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.targets import anatomy, is_linear, lora_targets, outside_modules
 
 Call = Callable[..., Any]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tunefleet.errors import PeerFailed, Refused, RunFailed
 from tunefleet.storage import Damaged, Place, place
 from tunefleet.worker.failures import Failure, describe_failure, failures, hopeless, last_failure, record_failure
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 MARK = "of this command"
 

@@ -14,7 +14,8 @@ from tunefleet.recipe.problems import Problem, RecipeError, shown, split_sentenc
 from tunefleet.recipe.sections import Recipe
 from tunefleet.recipe.yaml_text import read_mapping, read_overrides, read_text
 from tunefleet_strategies import registry
-from tunefleet_strategies.contract import Strategy, StrategyError
+from tunefleet_strategies.contract import Strategy
+from tunefleet_strategies.errors import StrategyError
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

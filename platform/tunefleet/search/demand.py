@@ -25,7 +25,7 @@ from tunefleet.search.opening import open_space
 from tunefleet.search.sizing import trial_keys, trial_recipe
 from tunefleet.search.space import Branch
 from tunefleet.search.tournament import planned_trials
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 MOST_AT_ONCE = 8
 """Trials at once where the recipe leaves their number to the size of the cluster, which is decided here."""

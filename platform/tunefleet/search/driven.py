@@ -25,7 +25,7 @@ from tunefleet.storage import Place, place
 from tunefleet.training.checkpoint import read_progress
 from tunefleet.worker.events import Evaluated, Event, Logged, Started, Stepped
 from tunefleet.worker.failures import Failure, failures, last_failure
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 ENDED, ERROR = "ended", "error"
 """Words of a trial's last result: how it ended ("finished", "failed", "infeasible", "interrupted"), and why."""

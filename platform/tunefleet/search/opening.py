@@ -16,7 +16,8 @@ from tunefleet.search.domains import ends, is_domain, read_domain, values
 from tunefleet.search.space import MOST_TRIED, PLACEMENT, WISH, Branch, Space, in_order
 from tunefleet_strategies import registry
 from tunefleet_strategies.carry import mutable_keys
-from tunefleet_strategies.contract import Domain, LogUniform, QUniform, Strategy, StrategyError, Uniform
+from tunefleet_strategies.contract import Domain, LogUniform, QUniform, Strategy, Uniform
+from tunefleet_strategies.errors import StrategyError
 
 METRICS = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "seconds")
 """What a search may look for: the figures that every run reports."""

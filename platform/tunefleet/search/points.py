@@ -15,7 +15,7 @@ from tunefleet.search.searchers import Pool, Suggestions, packed, unpacked
 from tunefleet.search.sizing import Size, fit, size_of
 from tunefleet.search.space import Point, Space
 from tunefleet.shapes import ClusterShape
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 MOST_ASKED = 100
 """Proposals in a row that were illegal or equal to earlier ones, after which a search looks for new points itself."""

@@ -38,7 +38,8 @@ from tunefleet.search.space import Branch, Point
 from tunefleet.search.trials import BranchPlan, Workshop
 from tunefleet.training.checkpoint import convert
 from tunefleet_strategies.carry import SHARED, carry, mutable_keys
-from tunefleet_strategies.contract import Choice, Domain, QUniform, RandInt, StrategyError
+from tunefleet_strategies.contract import Choice, Domain, QUniform, RandInt
+from tunefleet_strategies.errors import StrategyError
 
 RESAMPLED = 0.25
 """How likely a value is drawn anew instead of changed a little, as in Ray Tune."""

@@ -21,7 +21,7 @@ from tunefleet.search.space import WISH, Branch, Point, Space
 from tunefleet.search.tournament import reseeded
 from tunefleet.shapes import ClusterShape
 from tunefleet.storage import Place
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 MOST_DRAFTED = 16
 """Points of a branch that are planned in full when the space is checked."""

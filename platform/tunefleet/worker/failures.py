@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tunefleet.errors import LONGEST_REASON, PeerFailed, Refused, RunFailed, first_line
 from tunefleet.storage import Place
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})

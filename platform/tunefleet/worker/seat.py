@@ -16,7 +16,7 @@ from tunefleet.errors import PeerFailed, Refused, RunFailed, Superseded
 from tunefleet.places import too_many_workers
 from tunefleet.plan import Plan
 from tunefleet.training.determinism import pin
-from tunefleet_strategies.contract import StrategyError
+from tunefleet_strategies.errors import StrategyError
 
 _T = TypeVar("_T")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.groups import Group, grouped, trainable
 
 

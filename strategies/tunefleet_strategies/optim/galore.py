@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tunefleet_strategies.contract import MethodOptimizer, OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import MethodOptimizer, OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.draws import generator_of
 from tunefleet_strategies.optim.fused_adamw import Operands, fused_adamw
 from tunefleet_strategies.optim.groups import Group

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 
 Group = dict[str, Any]
 

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.draws import generator_of
 from tunefleet_strategies.optim.fused_adamw import Operands, fused_adamw
 from tunefleet_strategies.optim.groups import Group

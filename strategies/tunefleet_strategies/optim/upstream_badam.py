@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from tunefleet_strategies.contract import MethodOptimizer, OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import MethodOptimizer, OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.block_adamw import Block
 from tunefleet_strategies.optim.groups import Group
 from tunefleet_strategies.optim.ratio_adamw import refuse_several_workers

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.groups import Group
 from tunefleet_strategies.optim.projection import Projection
 

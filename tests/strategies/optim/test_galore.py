@@ -11,7 +11,8 @@ import torch
 from tests.storages import live_bytes
 from torch import Tensor, nn
 
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim import galore
 from tunefleet_strategies.optim.galore import Behaviour, GaLoreAdamW
 from tunefleet_strategies.optim.groups import Group

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.full import Full
 from tunefleet_strategies.lora import Lora
 from tunefleet_strategies.optim.groups import decays, grouped, is_norm, trainable

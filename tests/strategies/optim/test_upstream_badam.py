@@ -13,7 +13,8 @@ from badam import BlockOptimizer, BlockOptimizerRatio
 from tests.storages import live_bytes
 
 from tunefleet_strategies.badam import BAdam
-from tunefleet_strategies.contract import OptimizerSpec, StrategyError
+from tunefleet_strategies.contract import OptimizerSpec
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.optim.upstream_badam import UpstreamBlock, UpstreamRatio
 
 Call = Callable[..., Any]

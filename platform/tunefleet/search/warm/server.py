@@ -36,7 +36,8 @@ from tunefleet.search.warm.trial import drive
 from tunefleet.search.warm.worker import work
 from tunefleet.training.flops import peak_flops
 from tunefleet.training.schedule import build_scheduler
-from tunefleet_strategies.contract import AttachContext, StrategyError
+from tunefleet_strategies.contract import AttachContext
+from tunefleet_strategies.errors import StrategyError
 
 ROLES: Mapping[str, Callable[[Connection, Any], None]] = {"trial": drive, "worker": work}
 

@@ -16,7 +16,8 @@ from tunefleet.training.activations import checkpoint_activations
 from tunefleet.training.engines.fsdp import replace_parameter
 from tunefleet.training.engines.sharding import fill, shard
 from tunefleet.weight_files import WeightFiles
-from tunefleet_strategies.contract import AttachContext, ModelShape, Precision, Strategy, StrategyError
+from tunefleet_strategies.contract import AttachContext, ModelShape, Precision, Strategy
+from tunefleet_strategies.errors import StrategyError
 from tunefleet_strategies.targets import anatomy
 
 
