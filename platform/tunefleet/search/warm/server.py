@@ -9,6 +9,7 @@ the server ends. Its forks do not: each ends when the one who asked for it does,
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import select
@@ -45,6 +46,7 @@ ROLES: Mapping[str, Callable[[Connection, Any], None]] = {"trial": drive, "worke
 def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks, so the system buries them
+    load_what_is_loaded_late()
     stock = sys.stdin.readline()
     if not stock:
         return
@@ -62,8 +64,16 @@ def main() -> None:
         accepted.close()
 
 
+def load_what_is_loaded_late() -> None:
+    """Load what trials import on their way, while the search is still being planned."""
+    disable_progress_bar()  # a bar has a thread
+    importlib.import_module("peft")  # seconds
+    pa.array([0]).to_numpy()  # loads pandas, if it is there
+    versions()
+
+
 def make_ready(plans: Sequence[Plan]) -> None:
-    """Load what the trials start from: modules that are imported late, and the base model, which stays for the forks.
+    """Load what the trials start from: what their methods need, and the base model, which stays for the forks.
 
     Args:
         plans: one of each kind of trial. They share their model, and where relative paths start.
@@ -71,9 +81,6 @@ def make_ready(plans: Sequence[Plan]) -> None:
     root, settings = Path(plans[0].place.root), plans[0].recipe.model
     if root.is_dir():
         os.chdir(root)
-    disable_progress_bar()  # a bar has a thread
-    pa.array([0]).to_numpy()  # loads pandas, if it is there
-    versions()
     with suppress(Refused, StrategyError):  # the trials will say it
         for plan in plans:
             plan.recipe.method.attach(models.meta_model(settings), AttachContext(precision=plan.precision.resolved()))
