@@ -156,3 +156,13 @@ def test_a_missing_or_damaged_file_is_one_sentence(name: str, damage: str, tmp_p
     with pytest.raises(Refused, match=name) as refusal:
         resumed("pissa", "llama", FP32, tmp_path / "1")
     assert str(refusal.value).count("\n") == 0
+
+
+def test_a_checkpoint_of_another_engine_is_named_as_that(tmp_path: Path) -> None:
+    run = begin("full", "llama", FP32)
+    list(run.steps(last=1))
+    keep(run, tmp_path, 1)
+    file = tmp_path / "1" / "state.json"
+    file.write_text(file.read_text().replace("plain data parallelism", "sharding: fsdp2"))
+    with pytest.raises(Refused, match="was written under sharding: fsdp2, and its files cannot be read under plain"):
+        resumed("full", "llama", FP32, tmp_path / "1")

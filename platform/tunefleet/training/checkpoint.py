@@ -82,7 +82,12 @@ def save(folder: Path, state: RunState, progress: Progress, *, only_weights: boo
     if engine.rank != 0:
         return
     save_tensors(state.initial, folder / "initial.safetensors")
-    document = {"progress": asdict(progress), "engine": engine.state(), "parameters": _numbered(engine)}
+    document = {
+        "progress": asdict(progress),
+        "kept_as": engine.kept_as,
+        "engine": engine.state(),
+        "parameters": _numbered(engine),
+    }
     (folder / "state.json").write_text(json.dumps(document, indent=1))
     if not only_weights:
         save_tensors({f"rank{rank}": own for rank, own in enumerate(random)}, folder / "random.safetensors")
@@ -95,7 +100,7 @@ def load(folder: Path, state: RunState) -> Loaded:
     When the number of workers changed, ranks without a stored random state keep the one they were seeded with.
 
     Raises:
-        Refused: a file is missing, damaged or made for another model; the sentence names it.
+        Refused: a file is missing, damaged or made for another model or engine; the sentence names it.
     """
     document, random = state.engine.read_together(
         lambda: (
@@ -103,6 +108,11 @@ def load(folder: Path, state: RunState) -> Loaded:
             load_tensors(folder / "random.safetensors"),
         )
     )
+    if (theirs := document.get("kept_as")) != state.engine.kept_as:
+        raise Refused(
+            f"The checkpoint {folder} was written under {theirs}, and its files cannot be read under "
+            f"{state.engine.kept_as}: train as it was trained, or write resume_from_checkpoint: false to start anew."
+        )
     try:
         progress = Progress(**document["progress"])
         state.engine.load_weights(folder, state.trained)

@@ -33,6 +33,8 @@ class Applied:
 class Engine(Protocol):
     """What the loop needs of whoever owns the optimizer."""
 
+    kept_as: str
+    """Whose files a checkpoint of it holds, in words: other engines cannot read them."""
     optimizer: Optimizer
     rank: int
     world: int

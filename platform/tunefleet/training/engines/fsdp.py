@@ -41,6 +41,7 @@ _SHARDED = "sharded"
 class FsdpEngine(Ranks):
     """A model that `shard` has been at, and an optimizer over its parameters."""
 
+    kept_as = "sharding: fsdp2"
     lockstep = True
 
     def __init__(

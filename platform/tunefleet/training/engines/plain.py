@@ -33,6 +33,7 @@ class PlainEngine(Ranks):
     No DDP: what trains may change during a run, and DDP would silently stop reducing it.
     """
 
+    kept_as = "plain data parallelism"
     lockstep = False
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, precision: Precision, *, max_grad_norm: float) -> None:

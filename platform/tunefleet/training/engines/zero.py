@@ -60,6 +60,7 @@ class ZeroEngine(Ranks):
     every collective) all that DeepSpeed sends too.
     """
 
+    kept_as = "deepspeed"
     lockstep = True
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: Config, *, exported: frozenset[str]) -> None:
