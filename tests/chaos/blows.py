@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import yaml
 from tests.cluster import RayNodes
 from tests.s3_server import Way
-from tests.worker.under_ray import SAVE_STEPS, Watching, World
+from tests.worker.under_ray import SAVE_STEPS, UPDATES, Watching, World
 
 from tunefleet.storage import place
 from tunefleet.worker.events import Event, Saved, Started, Stepped
@@ -42,6 +42,13 @@ class Blow:
     engine: str
     workers: int
     victim: Victim
+
+    @property
+    def updates(self) -> int:
+        """Of the run: the quicker its steps, the more there are, so that a blow that is late still hits it."""
+        if self.engine != "plain":
+            return UPDATES
+        return 4 * UPDATES if self.workers == 1 else 2 * UPDATES
 
     @property
     def name(self) -> str:

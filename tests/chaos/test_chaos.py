@@ -31,7 +31,7 @@ from tests.chaos.blows import (
 )
 from tests.cluster import RayNodes
 from tests.s3_server import Server, Way, uri
-from tests.worker.under_ray import UPDATES, World
+from tests.worker.under_ray import World
 
 from tunefleet.artifacts.metrics import TIMING_FIELDS, read_metrics
 from tunefleet.recipe.read import read_flat
@@ -68,10 +68,10 @@ def test_a_run_that_is_hit_is_the_run_that_was_not(
     while len(LIVE) < 2:
         LIVE.append(nodes.add(cpus=1))
     world = World(tmp_path, tiny_model, quickstart_world, nodes.address)
-    twin = world.keys("twin", blow.method, blow.workers, **ENGINES[blow.engine])
+    twin = world.keys("twin", blow.method, blow.workers, max_steps=blow.updates, **ENGINES[blow.engine])
     assert world.run(read_flat(twin)).exit_code == 0
 
-    keys = world.keys("hit", blow.method, blow.workers, **ENGINES[blow.engine])
+    keys = world.keys("hit", blow.method, blow.workers, max_steps=blow.updates, **ENGINES[blow.engine])
     step = blow.step(seed)
     damage = strike(blow, world, keys, step, nodes, bucket, random.Random(f"{seed} {blow.name}"))
     damages.append(damage)
@@ -98,7 +98,7 @@ def strike(
             assert not way.is_cut
         finally:
             way.close()
-        assert [(one["reason"], one["executed_steps"]) for one in attempts(folder)] == [("finished", UPDATES)]
+        assert [(one["reason"], one["executed_steps"]) for one in attempts(folder)] == [("finished", blow.updates)]
         assert once.hit_step is not None
         return Damage(blow, once.hit_step, 0)
     if blow.victim == "driver":
@@ -117,8 +117,8 @@ def strike(
     first, last = attempts(folder)
     assert first["reason"] != "finished"
     assert last["reason"] == "finished"
-    assert 0 < last["start_step"] < UPDATES
-    assert last["executed_steps"] == UPDATES - last["start_step"]
+    assert 0 < last["start_step"] < blow.updates
+    assert last["executed_steps"] == blow.updates - last["start_step"]
     return Damage(blow, hit, max(0, last_step - last["start_step"]))
 
 

@@ -104,3 +104,16 @@ def test_a_run(head: Head, tmp_path: Path, claim: Path, recipe: Object) -> None:
     run = claim / "pods" / "outputs-from_a_pod"
     assert json.loads((run / "record" / "result.json").read_text())["step"] == 4
     assert (run / "model" / "adapter_model.safetensors").is_file()
+
+
+def test_a_search(head: Head, tmp_path: Path, claim: Path, recipe: Object) -> None:
+    asked = {"eval_dataset": "quickstart_heldout", "eval_strategy": "steps", "eval_steps": 2}
+    space = {"search": "grid", "space": {"lora_rank": {"choice": [2, 4]}}}
+    text, job = rendered(
+        tmp_path / "written.yaml",
+        {**recipe, **asked, "output_dir": "outputs/searched_in_a_pod", "tune": space},
+        "pvc://models/searches",
+    )
+    ran(head, tmp_path / "mounted", text, job)
+    (book,) = (claim / "searches").glob("*/trials.json")
+    assert [trial["state"] for trial in json.loads(book.read_text())["trials"]] == ["finished"] * 2
