@@ -134,7 +134,8 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
     if as_json:
         print_json({"output_dir": str(outcome.output_dir), "run": outcome.run.uri, **outcome.summary})
     elif outcome.exit_code:
-        console.print(f"Stopped at step {outcome.summary['step']} with a checkpoint; the same command goes on from it.")
+        text = f"Stopped at step {outcome.summary['step']} with a checkpoint; the same command goes on from it."
+        print_plain(console, text)
     else:
         console.print(summary_table(outcome.summary))
         print_plain(console, str(outcome.output_dir), "bold")
@@ -191,7 +192,8 @@ def _tell_of_search(outcome: SearchOutcome, as_json: bool) -> None:
         print_json({**place, **counts, "best": best, **ranked})
     elif outcome.exit_code:
         left = len(outcome.book.open_trials)
-        console.print(f"Stopped with {left} trial(s) under way; the same command goes on from their checkpoints.")
+        text = f"Stopped with {left} trial(s) under way; the same command goes on from their checkpoints."
+        print_plain(console, text)
     else:
         console.print(result_table(outcome.book, outcome.tune))
         if outcome.tune.tournament:

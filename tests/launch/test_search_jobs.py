@@ -12,7 +12,7 @@ from tests.job_server import Desk
 
 from tunefleet.artifacts.record import read_attempts
 
-UPDATES, SAVE_STEPS = 400, 20
+UPDATES, SAVE_STEPS = 2000, 50
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
