@@ -68,10 +68,10 @@ def test_a_run_that_is_hit_is_the_run_that_was_not(
     while len(LIVE) < 2:
         LIVE.append(nodes.add(cpus=1))
     world = World(tmp_path, tiny_model, quickstart_world, nodes.address)
-    twin = world.keys("twin", blow.method, blow.workers, max_steps=blow.updates, **ENGINES[blow.engine])
-    assert world.run(read_flat(twin)).exit_code == 0
+    own = {"max_steps": blow.updates, **ENGINES[blow.engine]}
+    assert world.run(read_flat(world.keys("twin", blow.method, blow.workers, **own))).exit_code == 0
 
-    keys = world.keys("hit", blow.method, blow.workers, max_steps=blow.updates, **ENGINES[blow.engine])
+    keys = world.keys("hit", blow.method, blow.workers, **own)
     step = blow.step(seed)
     damage = strike(blow, world, keys, step, nodes, bucket, random.Random(f"{seed} {blow.name}"))
     damages.append(damage)

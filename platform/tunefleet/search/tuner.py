@@ -125,14 +125,12 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         refuse_unwritable(output_dir, "output_dir")
         stack.enter_context(claimed(RunFolder(folder)))
         book = _open_book(search, common, folder, len(space.branches))
-        notices = kept_as_they_are(plans) if search.tune.scheduler == "pbt" else ()
-        for text in (*space.notices, *notices, *plans[0].plan.notices):
-            display.note(text)
         trials = planned_trials(space, search.tune)
         seats = seats_for_drivers() if joins and not warm else None
         wide = breadth(search.tune, smallest(plans), cluster, trials, seats)
-        if wide.notice is not None:
-            display.note(wide.notice)
+        of_pbt = kept_as_they_are(plans) if search.tune.scheduler == "pbt" else ()
+        for text in (*space.notices, *of_pbt, *plans[0].plan.notices, *filter(None, [wide.notice])):
+            display.note(text)
         display.show_plan(plans, book, trials, wide.most)
         if not joins:
             stack.enter_context(search_session(common.ray))

@@ -4,7 +4,8 @@
     optimizer.pt           the optimizer's state dict, tensors and plain numbers, dtypes and strides kept
     random.safetensors     torch, NumPy and Python random state of every rank
     initial.safetensors    what the strategy needs from the start of the run (PiSSA's A0 and B0)
-    state.json             progress, the engine's own numbers (loss scale), names of the optimizer's parameters in order
+    state.json             progress, whose files these are, the engine's own numbers (loss scale), names of the
+                           optimizer's parameters in order
 
 An engine that shares weights and moments out writes a file for each rank instead (`engines/shards.py`).
 
@@ -108,12 +109,13 @@ def load(folder: Path, state: RunState) -> Loaded:
             load_tensors(folder / "random.safetensors"),
         )
     )
-    if (theirs := document.get("kept_as")) != state.engine.kept_as:
-        raise Refused(
-            f"The checkpoint {folder} was written under {theirs}, and its files cannot be read under "
-            f"{state.engine.kept_as}: train as it was trained, or write resume_from_checkpoint: false to start anew."
-        )
+    ours = state.engine.kept_as
     try:
+        if (theirs := document["kept_as"]) != ours:
+            raise Refused(
+                f"The checkpoint {folder} was written under {theirs}, and its files cannot be read under {ours}: "
+                f"train as it was trained, or write resume_from_checkpoint: false to start anew."
+            )
         progress = Progress(**document["progress"])
         state.engine.load_weights(folder, state.trained)
         state.engine.load_optimizer(folder)
