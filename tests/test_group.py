@@ -16,5 +16,10 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
 
 
+def test_ranks_that_hang_say_where() -> None:
+    with pytest.raises(AssertionError, match=r"longer than 5 s(?s:.*)rank 0:\nFatal Python error(?s:.*)socketserver"):
+        run_group([["http.server", "--bind", "127.0.0.1", "0"]] * 2, seconds=5)
+
+
 def test_ranks_that_end_well_are_waited_for() -> None:
     run_group([["calendar"], ["calendar"]], seconds=60)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from tests.contract.variants import SHARED, VARIANTS
+from tests.group import end_rank
 from tests.training.tiny import MemoryRows, Run, start
 
 from tunefleet.training.checkpoint import fingerprints
@@ -127,7 +128,7 @@ def main(rank: int, rendezvous: str, output: str) -> None:
     results["badam_ratio", REFUSAL] = refusal_of_ratio_mode()
     results["bases"], results["decompositions"] = counting_decompositions(rank)
     torch.save(results, output)
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

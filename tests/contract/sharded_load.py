@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tests.contract.sharded import parameter_bytes
+from tests.group import end_rank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunefleet.model_settings import ModelSettings
@@ -66,7 +67,7 @@ def main(rank: int, folder: Path) -> None:
     whole = sum(4 * parameter.numel() for parameter in model.parameters())
     seen = {"whole": whole, "most": watch.most - watch.before, "kept": parameter_bytes(model)}
     torch.save(seen, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tests.contract.pair import EPSILON, GLOBAL_BATCH
 from tests.contract.sharded import ShardedRun, local_bytes, parameter_bytes, start_sharded, state_bytes
 from tests.contract.variants import FSDP2, VARIANTS
+from tests.group import end_rank
 from tests.training.tiny import FP32, MIXED, PURE, MemoryRows
 from torch import Tensor
 
@@ -232,7 +233,7 @@ def main(rank: int, folder: Path, share: str) -> None:
         results["loading"] = load_watched(folder)
         results["agreed"] = agree(folder, rank)
     torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -54,8 +54,10 @@ BF16_CELLS = [
 ]
 
 
-def _pair(folder: Path, *more: str, module: str = "tests.contract.sharded_pair") -> list[dict[Any, Any]]:
-    run_group([[module, str(rank), str(folder), *more] for rank in (0, 1)], seconds=600)
+def _pair(
+    folder: Path, *more: str, module: str = "tests.contract.sharded_pair", seconds: float = 600
+) -> list[dict[Any, Any]]:
+    run_group([[module, str(rank), str(folder), *more] for rank in (0, 1)], seconds=seconds)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -95,16 +97,25 @@ def begin_alone(variant: str, architecture: str, folder: Path) -> tuple[list[flo
 
 
 @pytest.fixture(scope="module")
-def seen(folders: dict[str, Path], begun: Begun) -> Seen:
-    """What both ranks of a group saw of a cell. There is one group for the quick cells, and one for the slow ones."""
-    assert begun.keys() == set(GROWN), "the quick group finds them there"
-    pairs: dict[str, list[dict[Any, Any]]] = {}
+def quick(folders: dict[str, Path], begun: Begun) -> list[dict[Any, Any]]:
+    """What both ranks of the group of the quick cells saw."""
+    assert begun.keys() == set(GROWN), "the group finds them there"
+    return _pair(folders["quick"], "quick", seconds=240)
+
+
+@pytest.fixture(scope="module")
+def slow(folders: dict[str, Path]) -> list[dict[Any, Any]]:
+    """What both ranks of the group of the slow cells saw."""
+    return _pair(folders["slow"], "slow")
+
+
+@pytest.fixture
+def seen(request: pytest.FixtureRequest) -> Seen:
+    """What both ranks of a group saw of a cell. A group that has failed is not asked again: its fixture has failed."""
 
     def of(cell: Any) -> list[dict[str, Any]]:
         share = "slow" if cell in SLOW or cell in BF16_SLOW or cell[0] == "long" else "quick"
-        if share not in pairs:
-            pairs[share] = _pair(folders[share], share)
-        return [rank[cell] for rank in pairs[share]]
+        return [rank[cell] for rank in request.getfixturevalue(share)]
 
     return of
 

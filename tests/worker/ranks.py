@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from tests.group import end_rank
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.storage import Place, place
@@ -67,7 +68,7 @@ def main(rank: int, folder: Path) -> None:
         dist.barrier()
         said[kind]["left"] = start.folder.exists()
     (folder / f"said{rank}.json").write_text(json.dumps(said))
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

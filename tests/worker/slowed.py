@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.group import end_rank
 from tests.worker.alone import Gathered
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -50,7 +51,7 @@ def main(rank: int, rendezvous: str, plan: str, run: str, mark: str, told: str) 
     line = Gathered()
     attempt(job, seat, Reporter(job, seat, line), line)
     Path(told).write_bytes(pickle.dumps(line.events))
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.comm.comm import comms_logger
+from tests.group import end_rank
 from tests.worker.alone import Gathered
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -191,7 +192,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
         if "error" in seen and rank == 0:
             print(name, seen["error"], flush=True)
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":
