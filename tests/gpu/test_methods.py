@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,15 @@ def test_it_learns_in_bf16_and_leaves_the_frozen_alone(variant: str, architectur
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "lora_dropout"])
 def test_it_computes_what_a_cpu_computes(variant: str) -> None:
-    """fp32 without TF32: the same sums in another order. Dropout is left out, whose draws differ."""
+    """fp32 without TF32: the same sums in another order. Dropout is left out, whose draws differ.
+
+    PiSSA's randomized SVD draws as well: its two bases agree as far as the power iterations have converged.
+    """
     losses = []
     for device in ("cpu", DEVICE):
         run = start(VARIANTS[variant], "llama", updates=6, epsilon=1e-6, device=device)
         losses.append([step.loss for step in run.steps()])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if variant == "pissa" else 1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -86,13 +90,13 @@ def test_fp16_skips_what_overflows_and_lowers_its_scale(variant: str, tmp_path: 
         precision=HALF,
         device=DEVICE,
     )
-    too_high = 2.0**40
+    too_high = 2.0**24  # a few halvings above what these gradients bear: 2^18 was seen to do
     run.engine.restore({**run.engine.state(), "scale": too_high})
     losses, skipped = [], 0
     before = fingerprints(run.state)["weights"]
     for step in run.steps():
         losses.append(step.loss)
-        if step.grad_norm == float("inf"):
+        if not math.isfinite(step.grad_norm):  # inf, or nan where infinities met
             skipped += 1
             assert fingerprints(run.state)["weights"] == before, "a step that overflowed moved the weights"
         before = fingerprints(run.state)["weights"]

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from tunefleet.data.batches import collate
-from tunefleet.training.attention import SEGMENTS, SegmentsUnsupported, segment_attention
+from tunefleet.training.attention import SEGMENTS, SegmentsUnsupported, in_compute_format, segment_attention
 from tunefleet.training.layout import choose_layout, probe
 from tunefleet.training.loss import objective
 
@@ -150,6 +150,13 @@ def test_a_layer_without_lengths_is_an_error_not_one_long_segment() -> None:
         segment_attention(torch.nn.Identity(), x, x, x, None)
     with pytest.raises(SegmentsUnsupported, match="mask"):
         segment_attention(torch.nn.Identity(), x, x, x, torch.ones(6, 6), segment_lengths=(6,))
+
+
+def test_what_attention_reads_is_brought_into_the_format_of_autocast() -> None:
+    query, value = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8).bfloat16()
+    assert [x.dtype for x in in_compute_format(query, value)] == [torch.float32, torch.bfloat16]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [x.dtype for x in in_compute_format(query, query, value)] == [torch.bfloat16] * 3
 
 
 @pytest.mark.parametrize("longest", [75, 512])

@@ -69,9 +69,22 @@ def segment_attention(
         raise SegmentsUnsupported("the lengths of the segments did not reach the attention layer")
     if attention_mask is not None or is_causal is False or any(others.get(name) is not None for name in _FOREIGN):
         raise SegmentsUnsupported("the layer asks for a mask, a bias or attention in both directions")
+    if query.is_cuda:
+        query, key, value = in_compute_format(query, key, value)
     if _kernel_fits(query, value, dropout, softcap):
         return _variable_length(query, key, value, scaling, sliding_window, others), None
     return _per_segment(query, key, value, list(segment_lengths), dropout, scaling, sliding_window, softcap), None
+
+
+def in_compute_format(*tensors: Tensor) -> list[Tensor]:
+    """Bring what attention reads into the format of autocast, which does so for torch's own attention and not for ours.
+
+    Under mixed precision rotary embeddings leave queries and keys in fp32, beside values in bf16.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 def _per_segment(
