@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
-from ray.util import placement_group_table
+import ray
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from tests.worker.under_ray import Watching, World
 
-from tunefleet.worker.events import Event, Stepped
+from tunefleet.errors import RunFailed
+from tunefleet.launch.cluster import joined_shape, ray_session
+from tunefleet.launch.draft import draft
+from tunefleet.launch.waiting import Waiting
+from tunefleet.worker.events import Event, Noticed, Stepped
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -41,3 +48,23 @@ def test_a_placement_group_has_one_bundle_for_each_worker(world: World, method: 
     (group,) = surveyor.groups
     assert list(group["bundles"].values()) == [{"CPU": 1.0}] * workers
     assert world.attempts("placed")[-1]["executed_steps"] == LONG_ENOUGH
+
+
+def test_a_wait_for_processes_is_not_told_as_a_want_of_room(world: World) -> None:
+    """On a busy machine a process takes longer to start than a wait may last without a word."""
+    recipe = world.recipe("slow_start", "full", 1, ray_start_timeout=2)
+    with ray_session(recipe.ray):
+        plan = draft(recipe, joined_shape(recipe.ray), world.folder)
+        said: list[str] = []
+        for bundle in ({"CPU": 1}, {"CPU": 0.5}):
+            group = placement_group([bundle])
+            ray.get(group.ready())
+            waiting = Waiting(plan)
+            time.sleep(1.1)
+            said += [event.text for event in waiting.heard([]) if isinstance(event, Noticed)]
+            time.sleep(1)
+            with pytest.raises(RunFailed, match=re.escape(said[-1].split(".")[0])):
+                waiting.look()
+            remove_placement_group(group)
+    assert said[0].startswith("The workers have their places (1 CPU each), but their processes have not started yet.")
+    assert said[1].startswith("The cluster has no room for the workers"), "that group is not of this size"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 import ray
+from ray.util import placement_group_table
 
 from tunefleet.errors import RunFailed
 from tunefleet.plan import Plan
@@ -48,18 +49,34 @@ class Waiting:
         """
         if self._waited() < self._limit_seconds:
             return
+        mend = "make it larger, or see Ray's logs for what holds the processes up"
+        if not self._has_places():
+            mend = "add nodes, make resources_per_worker or ray_num_workers smaller, or wait longer"
         raise RunFailed(
-            f"{self._situation()} That has been so for ray_start_timeout: {self._limit_seconds:g} s: add nodes, make "
-            f"resources_per_worker or ray_num_workers smaller, or wait longer; the same command tries again."
+            f"{self._situation()} That has been so for ray_start_timeout: {self._limit_seconds:g} s: {mend}; the same "
+            f"command tries again."
         )
 
     def _waited(self) -> float:
         return 0.0 if self._since is None else time.monotonic() - self._since
 
+    def _has_places(self) -> bool:
+        """Whether Ray has set places aside for the workers, as far as this job's groups of that size tell."""
+        job, workers = ray.get_runtime_context().get_job_id(), self._plan.workers
+        one = {name: amount for name, amount in workers.resources.items() if amount > 0}
+        return any(
+            group["state"] == "CREATED"
+            and number.endswith(job)
+            and all(own == one for own in group["bundles"].values())
+            for number, group in placement_group_table().items()
+        )
+
     def _situation(self) -> str:
         """What is asked for, what is free, what there is."""
         workers = self._plan.workers
         one = ", ".join(f"{amount:g} {name}" for name, amount in workers.resources.items())
+        if self._has_places():  # which are not free any more
+            return f"The workers have their places ({one} each), but their processes have not started yet."
         names = [name for name, amount in workers.resources.items() if amount > 0]
         free, nodes = ray.available_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
         have = {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
