@@ -18,10 +18,11 @@ _SCRIPT = """
 import json, sys
 from pathlib import Path
 from tunefleet.plan import Plan
-from tunefleet.search.warm.server import make_ready, refuse_threads
+from tunefleet.search.warm.server import load_what_is_loaded_late, make_ready, refuse_threads
 from tests.worker.alone import run_alone
 
 plans = [Plan.model_validate(plan) for plan in json.loads(sys.stdin.read())]
+load_what_is_loaded_late()
 make_ready(plans)
 refuse_threads()
 late = {}
