@@ -39,7 +39,8 @@ class Waiting:
         if self._said or waited < min(_QUIET_SECONDS, self._limit_seconds / 2):
             return list(events)
         self._said = True
-        return [*events, Noticed(f"{self._situation()} The run waits for {self._limit_seconds:g} s in all.")]
+        situation = self._situation(self._has_places())
+        return [*events, Noticed(f"{situation} The run waits for {self._limit_seconds:g} s in all.")]
 
     def look(self) -> None:
         """See how long it has been.
@@ -49,12 +50,13 @@ class Waiting:
         """
         if self._waited() < self._limit_seconds:
             return
-        mend = "make it larger, or see Ray's logs for what holds the processes up"
-        if not self._has_places():
-            mend = "add nodes, make resources_per_worker or ray_num_workers smaller, or wait longer"
+        placed = self._has_places()
+        mend = "add nodes, make resources_per_worker or ray_num_workers smaller, or wait longer"
+        if placed:
+            mend = "make it larger, or see Ray's logs for what holds the processes up"
         raise RunFailed(
-            f"{self._situation()} That has been so for ray_start_timeout: {self._limit_seconds:g} s: {mend}; the same "
-            f"command tries again."
+            f"{self._situation(placed)} That has been so for ray_start_timeout: {self._limit_seconds:g} s: {mend}; "
+            f"the same command tries again."
         )
 
     def _waited(self) -> float:
@@ -71,11 +73,11 @@ class Waiting:
             for number, group in placement_group_table().items()
         )
 
-    def _situation(self) -> str:
+    def _situation(self, placed: bool) -> str:
         """What is asked for, what is free, what there is."""
         workers = self._plan.workers
         one = ", ".join(f"{amount:g} {name}" for name, amount in workers.resources.items())
-        if self._has_places():  # which are not free any more
+        if placed:  # so what is free says nothing
             return f"The workers have their places ({one} each), but their processes have not started yet."
         names = [name for name, amount in workers.resources.items() if amount > 0]
         free, nodes = ray.available_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
