@@ -33,7 +33,7 @@ test-gpu: $(INSTALLED) ## The tests that need a GPU; without one they say so and
 chaos: $(INSTALLED) ## Twenty runs that are killed on the way: a table of what each kill cost (about an hour).
 	$(BIN)/python -m pytest -m chaos tests/chaos
 
-test-slow: $(INSTALLED) ## The long tests.
+test-slow: $(INSTALLED) ## The long tests; those of `search: bohb` need `pip install -e '.[bohb]'`, and a C compiler for it.
 	$(BIN)/python -m pytest -m 'slow and not gpu and not chaos and not cluster'
 
 test-cluster: $(INSTALLED) ## Searches on Ray's own autoscaler, from no node to the most and back.

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.search.test_opening import opened
 
@@ -55,7 +56,7 @@ def asked(source: Suggestions, count: int, first: int = 0) -> list[Suggestion]:
     for number in range(first, first + count):
         proposed = source.ask(f"asked_{number}")
         assert proposed is not None
-        source.tell(f"asked_{number}", {"eval_loss": 3.0 - number / 100, "hyperband_info": {"budget": 1}})
+        source.tell(f"asked_{number}", {"step": 10, "eval_loss": 3.0 - number / 100})
         found.append(proposed)
     return found
 
@@ -84,9 +85,11 @@ def test_proposals_are_points_of_the_space_from_all_of_its_branches(kind: str) -
 def test_a_searcher_goes_on_from_its_state(kind: str) -> None:
     space = space_for(kind)
     one, other = searcher(kind, space), searcher(kind, space)
-    asked(one, 15)
+    asked(one, 30)
     other.restore(one.state())
-    assert asked(one, 5, first=15) == asked(other, 5, first=15)
+    found = asked(one, 5, first=30)
+    np.random.random()  # others draw as well
+    assert asked(other, 5, first=30) == found
 
 
 def test_a_grid_walks_every_point_once() -> None:
@@ -107,17 +110,18 @@ def test_optuna_is_asked_only_for_what_has_a_meaning() -> None:
         assert ("0.badam_mask_mode" in trial.params) == (trial.params["0.badam_mode"] == 1)
 
 
-def test_optuna_learns() -> None:
+@pytest.mark.parametrize("kind", ["optuna", "bohb"])
+def test_searchers_learn(kind: str) -> None:
     """Ranks that were told to be good are proposed far more often in the end."""
     space = opened([{"finetuning_type": "lora", "lora_rank": {"randint": [1, 200]}}])
-    source = searcher("optuna", space)
+    source = searcher(kind, space)
     found: list[int] = []
     for number in range(60):
         proposed = source.ask(f"asked_{number}")
         assert proposed is not None
         rank = int(str(proposed.values["lora_rank"]))
         found.append(rank)
-        source.tell(f"asked_{number}", {"eval_loss": abs(rank - 150) / 100})
+        source.tell(f"asked_{number}", {"step": 40, "eval_loss": abs(rank - 150) / 100})
     assert sum(abs(rank - 150) < 25 for rank in found[-20:]) >= 12
 
 
@@ -128,6 +132,29 @@ def test_optuna_follows_several_metrics() -> None:
     for number in range(12):
         assert source.ask(f"asked_{number}") is not None
         source.tell(f"asked_{number}", {"eval_loss": 1.0, "seconds": float(number)})
+
+
+def test_bohb_believes_what_it_heard_of_the_most_steps() -> None:
+    """Small ranks look best at a rung, large ones at the end. What a rung says counts once, other figures never."""
+    space = opened([{"finetuning_type": "lora", "lora_rank": {"randint": [1, 200]}}])
+    source = searcher("bohb", space)
+    found: list[int] = []
+    for number in range(60):
+        identifier = f"asked_{number}"
+        proposed = source.ask(identifier)
+        assert proposed is not None
+        rank = int(str(proposed.values["lora_rank"]))
+        found.append(rank)
+        source.hear(identifier, {"step": 5, "eval_loss": -rank, "hyperband_info": {}})
+        for _ in range(2):
+            source.hear(identifier, {"step": 10, "eval_loss": rank / 100, "hyperband_info": {"budget": 1}})
+        source.tell(identifier, {"step": 40, "eval_loss": abs(rank - 150) / 100})
+    assert sum(abs(rank - 150) < 25 for rank in found[-20:]) >= 12
+    told: Any = source
+    losses = told.searcher.bohber.losses
+    assert losses.keys() == {10, 40}
+    assert len(losses[40]) == 60
+    assert losses[10] == [rank / 100 for rank in found[: len(losses[10])]]  # until it had a model of 40 steps
 
 
 @pytest.mark.parametrize("kind", ["hyperopt", "bohb"])

@@ -146,8 +146,10 @@ def test_a_search_without_a_whole_trial_fails_with_its_first_error(world: World)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", ["optuna", "hyperopt"])
+@pytest.mark.parametrize("search", ["optuna", "hyperopt", "bohb"])
 def test_hyperband_ends_with_whole_trials_and_nothing_left(world: World, search: str) -> None:
+    for package in PACKAGES.get(search, ()):
+        pytest.importorskip(package)
     rates = {"finetuning_type": "full", "learning_rate": {"loguniform": [1e-5, 1e-2]}}
     settings = {"search": search, "scheduler": "hyperband", "num_samples": 4, "reduction_factor": 2}
     outcome, _ = run(world, [rates], tune=settings, ray_num_workers=1)
@@ -338,13 +340,6 @@ def test_a_finished_search_goes_on_if_more_trials_are_asked_for(world: World) ->
     outcome, _ = run(world, [LORA], tune={"search": "random", "num_samples": 2})
     assert [trial.state for trial in outcome.book.trials] == ["finished", "finished"]
     assert len(attempts(world, outcome.book.trials[0].name)) == 1
-
-
-def test_bohb_is_refused_until_whole_searches_by_it_are_tested(world: World) -> None:
-    for package in PACKAGES["bohb"]:
-        pytest.importorskip(package)
-    with pytest.raises(Refused, match="write search: optuna"):
-        run(world, LORA, tune={"search": "bohb", "scheduler": "hyperband"})
 
 
 def test_another_search_of_the_same_name_is_refused_by_what_differs(world: World) -> None:

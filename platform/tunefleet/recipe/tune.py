@@ -82,7 +82,7 @@ class TuneSettings(Settings):
         None, ge=1, description="Trials, equal ones counted once; unset: 10. A grid runs all of its points."
     )
     search: Literal["grid", "random", "optuna", "hyperopt", "bohb"] = Field(
-        "optuna", description="How points are chosen; `bohb` is refused until whole searches by it are tested."
+        "optuna", description="How points are chosen; `bohb` for one branch, with `scheduler: hyperband`."
     )
     scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = Field(
         "none",

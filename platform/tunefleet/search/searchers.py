@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import logging
 import pickle
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from ray.tune.search import Searcher
 from ray.tune.search.bohb import TuneBOHB
 
@@ -86,7 +89,8 @@ def suggestions(space: Space, tune: TuneSettings, seed: int) -> Suggestions:
         return Listed(lambda: (Suggestion(point.branch, point.values) for point in space.points()))
     if tune.search == "random":
         return Listed(lambda: _endless(space, seed))
-    return Asked(_searcher(space, tune, seed), space)
+    searcher = _searcher(space, tune, seed)
+    return Bohb(searcher, space, tune.metrics[0], seed) if isinstance(searcher, TuneBOHB) else Asked(searcher, space)
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,7 @@ class Asked:
         self.searcher.on_trial_complete(identifier, result, error=result is None)
 
     def pause(self, identifier: str, paused: bool) -> None:
-        if isinstance(self.searcher, TuneBOHB):
-            (self.searcher.on_pause if paused else self.searcher.on_unpause)(identifier)
+        """It does not mind."""
 
     def state(self) -> bytes:
         with tempfile.TemporaryDirectory(prefix="tunefleet-") as folder:
@@ -187,6 +190,66 @@ class Asked:
             file = Path(folder) / "state"
             file.write_bytes(state)
             self.searcher.restore(str(file))
+
+
+class Bohb(Asked):
+    """BOHB, which models the losses of each budget, and proposes by the largest one of which it has heard enough.
+
+    Ray tells it of losses at HyperBand's rungs, but not of those that a trial ends with: they are told here. A budget
+    is steps. It draws by numpy's global generator, so that gets a state of ours meanwhile: else a search would depend
+    on what else this process draws, and could not go on from where it was.
+    """
+
+    def __init__(self, searcher: TuneBOHB, space: Space, metric: str, seed: int) -> None:
+        super().__init__(searcher, space)
+        self.searcher: TuneBOHB = searcher
+        self._metric = metric
+        self._random = np.random.RandomState(seed).get_state()
+        self._heard: dict[str, int] = {}
+        """The largest budget of which it knows a proposal's loss."""
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        others = np.random.get_state()
+        np.random.set_state(self._random)
+        try:
+            yield
+        finally:
+            self._random = np.random.get_state()
+            np.random.set_state(others)
+
+    def ask(self, identifier: str) -> Suggestion | None:
+        with self._drawing():
+            return super().ask(identifier)
+
+    def hear(self, identifier: str, result: dict[str, Any]) -> None:
+        """Learn from what comes with a budget: a rung's last figures."""
+        if "budget" in result.get("hyperband_info", {}):
+            self._learn(identifier, result)
+
+    def tell(self, identifier: str, result: dict[str, Any] | None) -> None:
+        if result is not None:
+            self._learn(identifier, result)
+        super().tell(identifier, result)
+
+    def pause(self, identifier: str, paused: bool) -> None:
+        (self.searcher.on_pause if paused else self.searcher.on_unpause)(identifier)
+
+    def _learn(self, identifier: str, result: dict[str, Any]) -> None:
+        loss, budget = result.get(self._metric), int(result["step"])
+        if loss is None or budget <= self._heard.get(identifier, 0):
+            return
+        self._heard[identifier] = budget
+        with self._drawing():
+            self.searcher.on_trial_result(identifier, {self._metric: loss, "hyperband_info": {"budget": budget}})
+
+    def state(self) -> bytes:
+        return packed(searcher=super().state(), random=self._random, heard=self._heard)
+
+    def restore(self, state: bytes) -> None:
+        kept = unpacked(state)
+        super().restore(kept["searcher"])
+        self._random, self._heard = kept["random"], kept["heard"]
 
 
 def _read(raw: Mapping[str, Any], space: Space) -> Suggestion:
@@ -228,6 +291,7 @@ def _searcher(space: Space, tune: TuneSettings, seed: int) -> Searcher:
         return HyperOptSearch(
             space=hyperopt_space(space), metric=metric, mode=mode, random_state_seed=seed, n_initial_points=10
         )
+    logging.getLogger("hpbandster").setLevel(logging.ERROR)  # it warns whenever a choice has not been tried enough
     return TuneBOHB(space=bohb_space(space.branches[0], seed), metric=metric, mode=mode, seed=seed)
 
 
@@ -276,7 +340,6 @@ def _suggest(trial: Any, name: str, domain: Domain) -> Any:
 
 def hyperopt_space(space: Space) -> dict[str, Any]:
     """The space as HyperOpt takes it: a choice of branches, each with all of its domains."""
-    import numpy as np
     from hyperopt import hp
 
     def node(name: str, domain: Domain) -> Any:

@@ -97,10 +97,6 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
     """
     space = open_space(search)
     refuse_missing(search.tune.search)
-    if search.tune.search == "bohb":
-        raise Refused(
-            "search: bohb proposes points, but no whole search by it has been tried yet: write search: optuna."
-        )
     common = space.common_recipe()
     folder = place(common.ray.ray_storage_path, base=root).child(common.run_name)
     output_dir = (root / Path(common.run.output_dir).expanduser()).resolve()
