@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from tests.search.herd import herd
 from tests.search.under_tune import (
     LORA,
     RATIO,
@@ -224,6 +225,36 @@ def test_the_worst_of_a_population_goes_on_from_the_best(world: World) -> None:
         assert [report["step"] for report in trial.reports] == [10, 20]
     assert [note for note in display.notes if "goes on from trial" in note]
     assert all_given_back(world)
+
+
+@pytest.mark.slow
+def test_a_population_whose_driver_is_killed_ends_as_one_that_was_left_alone(world: World) -> None:
+    """Killed when the heir trains again. Its twin is trained in this process, without Ray."""
+    space = [{"finetuning_type": "lora", "lora_rank": {"choice": [4, 6]}, "ray_num_workers": 1}]
+    more: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 20, "save_steps": 5}
+    words = command(world, "search", space, tune=TURNS, **more)
+    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def training_again() -> bool:
+        made = folder(world) / "trials.json"
+        heirs = [trial["name"] for trial in kept(world) if trial["exploits"]] if made.is_file() else []
+        return any(len(attempts(world, heir)) == 2 for heir in heirs)
+
+    assert until(training_again, 300)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait(timeout=60)
+    assert not all(trial["state"] == "finished" for trial in kept(world))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    killed = kept(world)
+
+    (world.folder / "runs" / "search").rename(world.folder / "runs" / "killed")
+    twin = herd(world, space, real=True, **more)
+    twin.population().turn(list(twin.book.trials))
+    ends = [twin.train(trial, None)["eval_loss"] for trial in twin.book.trials]
+    assert [trial["reports"][-1]["eval_loss"] for trial in killed] == ends
+    assert [trial["exploits"] for trial in killed] == [trial.exploits for trial in twin.book.trials]
+    assert sum(len(trial.exploits) for trial in twin.book.trials) == 1
 
 
 @pytest.mark.slow
