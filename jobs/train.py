@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 sys.path.insert(0, str(ROOT / "strategies"))
 
 try:
-    from tunefleet.cli import main  # found by the two lines above
+    from tunefleet.__main__ import command  # found by the two lines above
 except ModuleNotFoundError as error:
     sys.exit(
         f"{sys.executable} has no package {error.name}: start Ray from an environment with tunefleet's dependencies "
@@ -20,4 +20,4 @@ except ModuleNotFoundError as error:
 
 if __name__ == "__main__":
     sys.argv.insert(1, "train")
-    main()
+    command()

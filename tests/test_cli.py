@@ -135,7 +135,7 @@ def test_twelve_mistakes_are_told_at_once_and_nothing_is_written(tmp_path: Path)
     before = everything(tmp_path)
     home = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
     done = subprocess.run(
-        [sys.executable, "-c", "from tunefleet.cli import main; main()", "train", "recipe.yaml"],
+        [sys.executable, "-c", "from tunefleet.__main__ import command; command()", "train", "recipe.yaml"],
         cwd=tmp_path / "work",
         env=os.environ | home,
         capture_output=True,

@@ -72,7 +72,7 @@ def test_the_wheel_carries_version_command_and_license(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     names = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
     assert "Version: 0.1.0" in archive.read(names["METADATA"]).decode()
-    assert "tunefleet = tunefleet.cli:main" in archive.read(names["entry_points.txt"]).decode()
+    assert "tunefleet = tunefleet.__main__:command" in archive.read(names["entry_points.txt"]).decode()
     assert "Apache License" in archive.read(names["licenses/LICENSE"]).decode()
 
 

@@ -278,8 +278,7 @@ def joined_shape(settings: RaySettings) -> ClusterShape:
     shapes = tuple(_node_shape(node["Resources"], node["Labels"]) for node in alive)
     # A head that gives no CPU to workers says nothing about those that will train.
     working = [node for node, shape in zip(alive, shapes, strict=True) if shape.cpus > 0] or alive
-    there: Any = NodeAffinitySchedulingStrategy(working[0]["NodeID"], soft=True)
-    cpu: Hardware = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(local_cpu).remote())
+    cpu = _cpu_of(working[0]["NodeID"])
     gpu: Hardware | None = None
     if any(shape.gpus > 0 for shape in shapes):
         asked = ray.remote(num_cpus=0, num_gpus=0.01)(local_gpu).remote()
@@ -290,6 +289,15 @@ def joined_shape(settings: RaySettings) -> ClusterShape:
     types = node_types(settings)
     nodes = at_most(shapes, types) if types else shapes
     return ClusterShape(nodes=nodes, cpu=cpu, gpu=gpu, may_grow=True, node_types=types)
+
+
+def _cpu_of(node_id: str) -> Hardware:
+    """The processor of a node. That of this one is known here; another one is asked by a process that starts there."""
+    if not ray.util.client.ray.is_connected() and node_id == ray.get_runtime_context().get_node_id():
+        return local_cpu()
+    there: Any = NodeAffinitySchedulingStrategy(node_id, soft=True)
+    found: Hardware = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(local_cpu).remote())
+    return found
 
 
 def node_types(settings: RaySettings) -> tuple[NodeType, ...]:
