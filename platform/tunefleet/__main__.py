@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 
 from tunefleet.cli import main
+from tunefleet.collecting import collect_rarely
 
 
 def command() -> None:
@@ -14,6 +15,7 @@ def command() -> None:
     Python would take everything apart that torch, transformers and Ray have made, for a second and a half, and after
     that the system does it anyway. What was registered for the end of the process is run as ever.
     """
+    collect_rarely()
     try:
         main()
         code = 0

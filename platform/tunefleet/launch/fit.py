@@ -18,8 +18,8 @@ from tunefleet.launch.placement import run_config, scaling
 from tunefleet.launch.verdict import ending_of, summary_of
 from tunefleet.plan import Plan
 from tunefleet.storage import Place
+from tunefleet.worker.entry import run_under_ray
 from tunefleet.worker.job import JobConfig
-from tunefleet.worker.under_ray import run_under_ray
 
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _ELASTIC_START_SECONDS = "20"

@@ -49,6 +49,7 @@ from tunefleet.search.rounds import Rounds
 from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
 from tunefleet.search.searchers import pools, refuse_missing
 from tunefleet.search.space import WISH
+from tunefleet.search.telemetry import callbacks_uncounted
 from tunefleet.search.tournament import planned_trials, repeats_due, samples
 from tunefleet.search.trial import RunTrial
 from tunefleet.search.trials import BranchPlan, Workshop, smallest
@@ -297,7 +298,7 @@ class _Search:
 
     def _fit(self) -> None:
         try:
-            with all_may_wait(self._most):
+            with all_may_wait(self._most), callbacks_uncounted():
                 self._tuner().fit()
         except BaseException as error:  # handed over to the main thread, which raises it
             self._error = error

@@ -1,4 +1,4 @@
-"""A worker of Ray Train, and what it finds around it."""
+"""What a worker of Ray Train finds around it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,11 @@ import ray.train.torch
 
 from tunefleet.plan import Plan
 from tunefleet.worker.gauges import Gauges, RayMetrics
-from tunefleet.worker.job import Job, JobConfig, read_job
+from tunefleet.worker.job import Job
 from tunefleet.worker.mailbox import Sender
 from tunefleet.worker.pacing import node_name
-from tunefleet.worker.run import Ending, run_worker
 from tunefleet.worker.seat import Seat, among_nodes, prepare
 from tunefleet.worker.termination import note_sigterm
-
-
-def run_under_ray(config: JobConfig) -> Ending:
-    """What Ray Train calls on each of its workers."""
-    return run_worker(read_job(config), UnderRay(config["mailbox"]))
 
 
 class UnderRay:

@@ -151,7 +151,7 @@ def fork_server() -> Iterator[ForkServer]:
 
 
 def _command(listener: int) -> Sequence[str]:
-    return sys.executable, "-P", "-m", f"{__package__}.server", str(listener)
+    return sys.executable, "-P", "-m", str(__package__), str(listener)
 
 
 def _import_path() -> str:

@@ -1,6 +1,6 @@
 """The fork server: a process with one thread that has imported everything and holds the base model, and forks.
 
-    python -P -m tunefleet.search.warm.server LISTENER
+    python -P -m tunefleet.search.warm LISTENER
 
 LISTENER is the number of an inherited socket. The first line of standard input says what to have ready; when it closes,
 the server ends. Its forks do not: each ends when the one who asked for it does, whom it has a connection to.
@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunefleet import models
 from tunefleet.artifacts.surroundings import versions
+from tunefleet.collecting import collect_as_ever
 from tunefleet.errors import Refused
 from tunefleet.plan import Plan
 from tunefleet.search.warm.trial import drive
@@ -116,6 +117,7 @@ def _serve(line: Connection) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         gc.unfreeze()
+        collect_as_ever()
         role, order = line.recv()
         line.send(os.getpid())
         ROLES[role](line, order)
@@ -126,7 +128,3 @@ def _serve(line: Connection) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # what was set up for the end of the server is the server's
-
-
-if __name__ == "__main__":
-    main()
