@@ -73,6 +73,16 @@ def whole(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(ended, key=lambda trial: float(trial[METRIC]))
 
 
+def best_of(trials: Sequence[Trial], method: str) -> str:
+    """What a method's best trial reached; where none went to its end, what the best of those furthest on had then."""
+    own = [trial for trial in trials if trial["method"] == method and trial[METRIC] is not None]
+    ended = whole(own)
+    if ended:
+        return f"{ended[0][METRIC]:.4f}"
+    furthest = min(own, key=lambda trial: (-int(trial["steps"]), float(trial[METRIC])), default=None)
+    return "" if furthest is None else f"{furthest[METRIC]:.4f}, stopped after {furthest['steps']} steps"
+
+
 def rates(domain: Mapping[str, Sequence[float]], count: int) -> list[float]:
     """Learning rates in the middle of `count` equal parts of a log-uniform domain."""
     low, high = (math.log(float(end)) for end in domain["loguniform"])
@@ -93,8 +103,8 @@ class Found:
     """The best of a search, of a method in it, and of the method's defaults."""
 
     method: str
-    searched: float | None
-    """Best held-out loss of the method's trials; None where none went to its end."""
+    searched: str
+    """Held-out loss of the best of the method's trials, in words."""
     trials: int
     defaults: tuple[float, ...]
     """Held-out loss for each learning rate of the sweep."""
@@ -109,7 +119,7 @@ def methods() -> tuple[str, dict[str, Any], bool]:
     found = [
         Found(
             method,
-            next((float(trial[METRIC]) for trial in whole(searched) if trial["method"] == method), None),
+            best_of(searched, method),
             sum(trial["method"] == method for trial in searched),
             tuple(float(trial[METRIC]) for trial in swept if trial["method"] == method and trial[METRIC] is not None),
         )
@@ -123,7 +133,7 @@ def methods() -> tuple[str, dict[str, Any], bool]:
             [
                 one.method,
                 str(one.trials),
-                "" if one.searched is None else f"{one.searched:.4f}",
+                one.searched,
                 ", ".join(f"{loss:.4f}" for loss in one.defaults),
             ]
             for one in found

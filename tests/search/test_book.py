@@ -18,7 +18,7 @@ from tunefleet.search.ending import result_table, trials_columns
 from tunefleet.search.live import TrialLines, remaining, trials_table
 from tunefleet.search.plots import best_so_far, best_so_far_plot, trials_plot
 from tunefleet.search.space import Point
-from tunefleet.search.tournament import finalists
+from tunefleet.search.tournament import best_of_branches, finalists
 from tunefleet.storage import place
 
 
@@ -90,6 +90,20 @@ def test_the_best_is_the_best_of_the_whole_trials(tune: TuneSettings, book: Book
     assert found.number == 3  # trial 2 was lower, but was stopped on the way and has no model
     assert best(TRIALS, "eval_loss", "max") == TRIALS[0]
     assert best(TRIALS[3:4], "eval_loss", "min") is None
+    assert [one.number for one in finalists(book, tune)] == [3, 5]
+
+
+def test_a_branch_of_which_no_trial_went_to_its_end_is_answered_by_the_best_that_went_furthest(
+    tune: TuneSettings, book: Book
+) -> None:
+    book.trials += [
+        trial(7, "stopped", 1.0, branch="galore"),
+        trial(8, "stopped", 3.0, 2.7, branch="galore"),
+        trial(9, "cut", 3.0, 2.6, branch="galore"),
+        trial(10, "failed", 0.1, 0.1, branch="galore"),
+        trial(11, "infeasible", branch="ratio"),
+    ]
+    assert [one.number for one in best_of_branches(book, tune)] == [3, 5, 9]
     assert [one.number for one in finalists(book, tune)] == [3, 5]
 
 

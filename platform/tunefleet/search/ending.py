@@ -1,7 +1,7 @@
 """What a search leaves in `output_dir`: the best model and its recipe, the best recipe of each method, all trials.
 
 best.yaml            the best trial as a recipe that `tunefleet train` runs (of several metrics: front_1.yaml, ...)
-best_of/lora.yaml    the same for the best trial of each branch
+best_of/lora.yaml    the same for the best trial of each branch, which may have been stopped where none went to its end
 trials.parquet       a row for each trial
 best_so_far.png      what was found, trial by trial
 trials.png           every trial's curve, by branch
@@ -29,7 +29,7 @@ from tunefleet.search.book import BOOK, Book, Trial, best, front
 from tunefleet.search.live import COLOURS, sampled
 from tunefleet.search.plots import best_so_far_plot, trials_plot
 from tunefleet.search.result import bring_search_home, keep_result
-from tunefleet.search.tournament import Standing, as_json, finalists, standings, winner
+from tunefleet.search.tournament import Standing, as_json, best_of_branches, standings, winner
 from tunefleet.search.trials import Workshop
 
 _OF_A_SEARCH = ("overwrite_output_dir", "resume_from_checkpoint", "ray_run_name")
@@ -67,7 +67,7 @@ def write_recipes(shop: Workshop, book: Book, winners: Sequence[Trial], folder: 
     for place, trial in enumerate(winners, 1):
         write_recipe(shop, trial, folder / ("best.yaml" if alone else f"front_{place}.yaml"))
     (folder / "best_of").mkdir()
-    for trial in finalists(book, shop.tune):
+    for trial in best_of_branches(book, shop.tune):
         name = re.sub(r"[^A-Za-z0-9]+", "_", trial.branch_name).strip("_")
         write_recipe(shop, trial, folder / "best_of" / f"{name}.yaml")
 
@@ -95,6 +95,7 @@ def write_recipe(shop: Workshop, trial: Trial, file: Path) -> None:
     keys["output_dir"] = f"{str(keys['output_dir']).rstrip('/')}-{file.stem}"
     plain = json.loads(json.dumps(keys, default=list))
     figures = ", ".join(f"{name} {trial.last(name)}" for name in shop.tune.metrics)
+    figures += "" if trial.state == "finished" else f", {trial.state} after {trial.steps} of {trial.updates} steps"
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     file.write_text(f"# Trial {trial.number} of the search {shop.search.name} ({trial.branch_name}): {figures}\n{text}")
 
@@ -143,10 +144,10 @@ def _column(values: Sequence[object]) -> pa.Array:
 
 
 def result_table(book: Book, settings: TuneSettings) -> Table:
-    """The best of each branch first, then every other trial, best first."""
+    """Every trial: those that went to their end first, best first, with the best of all and of each branch marked."""
     metric, sign = settings.metrics[0], 1.0 if settings.modes[0] == "min" else -1.0
     winners = {trial.name for trial in winning(book, settings)}
-    best_ones = {trial.name for trial in finalists(book, settings)}
+    best_ones = {trial.name for trial in best_of_branches(book, settings)}
     table = Table("", "method", "sampled", "workers", "steps", *settings.metrics, "state", title="trials")
     table.title_justify = "left"
 

@@ -67,6 +67,23 @@ def finalists(book: Book, settings: TuneSettings) -> list[Trial]:
     return [trial for trial in found if trial is not None]
 
 
+def best_of_branches(book: Book, settings: TuneSettings) -> list[Trial]:
+    """The best trial of each branch, as `finalists`; where a scheduler let none go to its end, of those furthest on.
+
+    A method that was pruned altogether is answered as well: with which values it was best, and after how many steps.
+    """
+    whole = {trial.branch_name: trial for trial in finalists(book, settings)}
+    found = (whole.get(name) or _furthest(_bracket(book, name), settings) for name in _names(book))
+    return [trial for trial in found if trial is not None]
+
+
+def _furthest(trials: Sequence[Trial], settings: TuneSettings) -> Trial | None:
+    """The best of the stopped trials that took the most steps."""
+    metric, sign = settings.metrics[0], 1.0 if settings.modes[0] == "min" else -1.0
+    cut = [trial for trial in trials if trial.state in ("stopped", "cut") and trial.last(metric) is not None]
+    return min(cut, key=lambda trial: (-trial.steps, sign * float(trial.last(metric) or 0.0)), default=None)
+
+
 def repeats_due(book: Book, settings: TuneSettings, seed: int) -> list[tuple[Trial, Point]]:
     """The repeats that have not begun, each with its finalist: the same seed of all methods before the next one.
 
