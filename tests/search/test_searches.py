@@ -19,6 +19,7 @@ from tests.search.herd import herd
 from tests.search.under_tune import (
     LORA,
     RATIO,
+    TRIALS,
     Watching,
     all_given_back,
     attempts,
@@ -344,7 +345,7 @@ class DriverKiller:
             return
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # one of Ray's short ones
-                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RunTrial"):
+                if process.name().startswith(TRIALS):
                     process.kill()
                     self.killed += 1
 

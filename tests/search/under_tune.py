@@ -30,6 +30,10 @@ RATIO: dict[str, Any] = {
 }
 
 
+TRIALS = ("ray::RunTrial", "ray::HostTrial", "ray::ResourceTrainable")
+"""What Ray calls the processes of trials: our classes between results, at work the one that Tune makes of them."""
+
+
 class Watching:
     """A display that hands the book to a function, twice a second."""
 

@@ -11,6 +11,7 @@ import pytest
 from tests.search.under_tune import (
     LORA,
     RATIO,
+    TRIALS,
     Watching,
     all_given_back,
     attempts,
@@ -126,10 +127,6 @@ def test_trials_that_hyperband_pauses_go_on_in_another_host(world: World) -> Non
     assert all_given_back(world)
 
 
-HOSTS = ("ray::HostTrial", "ray::ResourceTrainable")
-"""How Ray calls the processes of hosts: between results by our class, at work by the one that Tune makes of it."""
-
-
 class HostKiller:
     """Kills a host once, when its trial has a checkpoint behind it; notes every process of the search."""
 
@@ -149,7 +146,7 @@ class HostKiller:
         if self.killed or not any(trial.steps >= self._step for trial in book.trials):
             return
         for process in started:
-            if process.is_running() and process.name().startswith(HOSTS):
+            if process.is_running() and process.name().startswith(TRIALS):
                 process.kill()
                 self.killed += 1
 
