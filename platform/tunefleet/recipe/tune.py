@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,10 +34,10 @@ def _read_words(value: object) -> object:
 
 def _read_budget(value: object) -> object:
     if not isinstance(value, Mapping) or set(value) != {"hours"}:
-        raise ValueError("is no budget; write {hours: 2}")
+        raise ValueError(f"{shown(value)} is no number of hours; write {{hours: 2}}")
     hours = value["hours"]
-    if isinstance(hours, bool) or not isinstance(hours, int | float) or not hours > 0:
-        raise ValueError("takes hours above 0; write {hours: 2}")
+    if isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 < hours < math.inf:
+        raise ValueError("takes a number of hours above 0; write {hours: 2}")
     return {"hours": float(hours)}
 
 

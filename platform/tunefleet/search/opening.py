@@ -73,7 +73,9 @@ def _branches(search: SearchRecipe, notices: list[str]) -> list[_Written]:
     elif isinstance(space, list) and space:
         listed = space
     else:
-        raise RecipeError([Problem("tune.space", f"{shown(space)} is no space", "write a list of branches, or auto")])
+        raise RecipeError(
+            [Problem("tune.space", f"{shown(space)} is no space", "write a list of branches, one mapping, or auto")]
+        )
     branches: list[_Written] = []
     for index, keys in enumerate(listed):
         place = "tune.space" if space is keys else f"tune.space[{index}]"
@@ -260,9 +262,15 @@ def _bracket_rules(tune: TuneSettings, branches: int) -> Iterator[Problem]:
     least = 2 if tune.scheduler == "pbt" else 1
     of_what = "a population" if tune.scheduler == "pbt" else "a tournament"
     if tune.tournament and branches == 1:
-        yield Problem("tune.tournament", "compares methods, and tune.space has one branch", "add one, or remove it")
+        yield Problem(
+            "tune.tournament",
+            "compares methods, and tune.space has one branch",
+            "add a branch, or write tournament: false",
+        )
     elif tune.num_samples is not None and (tune.num_samples % branches or tune.num_samples < least * branches):
         what = f"{tune.num_samples} cannot be shared evenly by the {branches} branches of {of_what}"
+        if tune.num_samples < least * branches:
+            what = f"{tune.num_samples} is too few for {of_what}, which has at least {least} trials of each branch"
         fitting = max(least, math.ceil(tune.num_samples / branches)) * branches
         yield Problem("tune.num_samples", what, f"write {fitting}")
 

@@ -73,7 +73,7 @@ def refuse_missing(search: str) -> None:
     missing = [name for name in PACKAGES.get(search, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise Refused(
-            f"search: {search} needs {' and '.join(missing)}, which is not installed: run `pip install "
+            f"search: {search} needs {' and '.join(missing)}, not installed here: run `pip install "
             f"'tunefleet[{search}]'`, or write search: optuna."
         )
 
