@@ -79,7 +79,8 @@ def best_of(trials: Sequence[Trial], method: str) -> str:
     ended = whole(own)
     if ended:
         return f"{ended[0][METRIC]:.4f}"
-    furthest = min(own, key=lambda trial: (-int(trial["steps"]), float(trial[METRIC])), default=None)
+    stopped = [trial for trial in own if trial["state"] in ("stopped", "cut")]
+    furthest = min(stopped, key=lambda trial: (-int(trial["steps"]), float(trial[METRIC])), default=None)
     return "" if furthest is None else f"{furthest[METRIC]:.4f}, stopped after {furthest['steps']} steps"
 
 

@@ -136,7 +136,7 @@ def test_the_trials_of_a_tournament_are_shared_evenly() -> None:
 
 def test_each_branch_of_pbt_has_a_population() -> None:
     forms = [{"finetuning_type": name, "learning_rate": {"uniform": [1e-5, 1e-3]}} for name in ("lora", "full")]
-    few = "2 is too few for a population, which has at least 2 trials of each branch; write 4"
+    few = "2 is too few for a population, which has at least 2 of each branch; write 4"
     odd = "5 cannot be shared evenly by the 2 branches of a population; write 6"
     for samples, words in ((2, few), (5, odd)):
         assert refusals(forms, {"scheduler": "pbt", "num_samples": samples}) == [f"tune.num_samples: {words}"]

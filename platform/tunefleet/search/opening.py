@@ -267,12 +267,12 @@ def _bracket_rules(tune: TuneSettings, branches: int) -> Iterator[Problem]:
             "compares methods, and tune.space has one branch",
             "add a branch, or write tournament: false",
         )
-    elif tune.num_samples is not None and (tune.num_samples % branches or tune.num_samples < least * branches):
+    elif tune.num_samples is not None and tune.num_samples < least * branches:
+        what = f"{tune.num_samples} is too few for {of_what}, which has at least {least} of each branch"
+        yield Problem("tune.num_samples", what, f"write {least * branches}")
+    elif tune.num_samples is not None and tune.num_samples % branches:
         what = f"{tune.num_samples} cannot be shared evenly by the {branches} branches of {of_what}"
-        if tune.num_samples < least * branches:
-            what = f"{tune.num_samples} is too few for {of_what}, which has at least {least} trials of each branch"
-        fitting = max(least, math.ceil(tune.num_samples / branches)) * branches
-        yield Problem("tune.num_samples", what, f"write {fitting}")
+        yield Problem("tune.num_samples", what, f"write {math.ceil(tune.num_samples / branches) * branches}")
 
 
 def _runs(one: _Written, branch: Branch, tune: TuneSettings) -> Iterator[Problem]:
