@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-slow test-cluster chaos check bench bench-scaling bench-search bench-search-quality clean
+.PHONY: help install quickstart test test-gpu test-slow test-cluster chaos check bench bench-scaling bench-search bench-search-quality bench-autoscale clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-20s %s\n' "$$name" "$$text"; done
@@ -56,6 +56,9 @@ bench-search: $(INSTALLED) ## What short trials cost beside their training: warm
 
 bench-search-quality: $(INSTALLED) ## What searches find, beside trying everything; after `make quickstart`.
 	$(BIN)/python benchmarks/search_quality.py
+
+bench-autoscale: $(INSTALLED) ## Node-seconds of a search on an autoscaled cluster, beside plain Ray Tune.
+	$(BIN)/python benchmarks/autoscale.py
 
 clean: ## Remove caches and the quickstart's files; .venv and outputs/ stay.
 	rm -rf .quickstart .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

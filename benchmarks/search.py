@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 from beside.measure import markdown_table
+from beside.plans import put_plans
 from scaling import keep, ray_head
 
 from tunefleet.artifacts.metrics import TIMING_FIELDS, read_metrics
@@ -152,33 +153,17 @@ def _exact(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_own_way(file: Path) -> None:
     """A search by hand: the same plans, and a class trainable that takes one trial after the other."""
+    folder, names, address = put_plans(file, REPOSITORY)
     import ray
     from ray import tune
 
-    from tunefleet.recipe.tune import read_search
-    from tunefleet.search.book import Book
-    from tunefleet.search.opening import open_space
-    from tunefleet.search.trials import Workshop
-    from tunefleet.storage import place
-
-    search = read_search(file)
-    space = open_space(search)
-    ray.init(str(search.keys["ray_address"]), log_to_driver=False, logging_level=logging.ERROR)
-    from tunefleet.launch.cluster import joined_shape
-
-    folder = place(str(search.keys["ray_storage_path"])).child(str(search.keys["ray_run_name"]))
-    shop = Workshop(space, search.tune, search.keys, joined_shape(space.common_recipe().ray), REPOSITORY, folder)
-    book = Book(folder)
-    for point in space.points():
-        plan = shop.plan(point)
-        branch = space.branches[point.branch]
-        shop.put(book.add(point, branch.name, branch.method.name, 1, plan.batch.updates), plan)
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     trainable: Any = tune.with_resources(_own_trainable(), {"CPU": 1})
     results = tune.Tuner(
         trainable,
         param_space={
-            "trial": tune.grid_search([trial.name for trial in book.trials]),
-            "search": folder.uri,
+            "trial": tune.grid_search(names),
+            "search": folder,
             "import_from": str(Path(__file__).parent),
         },
         tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=2, metric="eval_loss", mode="min"),
