@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, cast
 
 from ray.train import FailureConfig, RunConfig, UserCallback
@@ -15,6 +16,9 @@ from tunefleet.stores import for_ray
 from tunefleet.worker.events import Lost
 from tunefleet.worker.exits import end_surely
 from tunefleet.worker.mailbox import pack
+
+NODE_ID = "ray.io/node-id"
+"""Ray's own label of every node."""
 
 
 def scaling(plan: Plan) -> ScalingConfig:
@@ -47,6 +51,14 @@ def host_group(plan: Plan) -> PlacementGroupFactory:
 def host_labels(plan: Plan) -> dict[str, Any]:
     """The argument of a placement group that keeps a host to the nodes which its trials are kept to."""
     return {"bundle_label_selector": [dict(plan.workers.labels)]} if plan.workers.labels else {}
+
+
+def away_from(nodes: Collection[str], plan: Plan) -> Plan:
+    """The same plan with its workers kept off some nodes, by Ray's names."""
+    if not nodes:
+        return plan
+    labels = {**plan.workers.labels, NODE_ID: f"!in({','.join(sorted(nodes))})"}
+    return plan.model_copy(update={"workers": plan.workers.model_copy(update={"labels": labels})})
 
 
 class TellsOfLoss(UserCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tunefleet.launch.draft import draft
 from tunefleet.launch.fit import start_fit
 from tunefleet.launch.growth import Growth
 from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unusable, refuse_unwritable
+from tunefleet.launch.placement import away_from
 from tunefleet.launch.runs import claimed, clear_notes, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
 from tunefleet.launch.verdict import news_of_a_move
@@ -137,6 +139,7 @@ class Running:
         self._waiting = Waiting(plan)
         self._growth = Growth(plan.workers, plan.recipe.ray.elastic_resize_monitor_interval_s)
         self._told: list[Event] = []
+        self._left: set[str] = set()
         self._stopping = False
         self._fit = start_fit(plan, storage, self._config)
 
@@ -163,7 +166,7 @@ class Running:
         self._waiting = Waiting(self._plan)
         clear_notes(self._folder)
         ray.get(self._mailbox.want.remote(None))
-        self._fit = start_fit(self._plan, self._storage, self._config)
+        self._fit = start_fit(away_from(self._left, self._plan), self._storage, self._config)
         return True
 
     def events(self) -> list[Event]:
@@ -178,6 +181,15 @@ class Running:
         """Ask the workers to save a checkpoint at the next step and to end."""
         self._stopping = True
         self._mailbox.want.remote("stop")
+
+    def move(self, nodes: Collection[str]) -> None:
+        """Ask the workers to save a checkpoint at the next step, and to go on anywhere but on these nodes.
+
+        Args:
+            nodes: by Ray's names.
+        """
+        self._left |= set(nodes)
+        self._mailbox.want.remote("move")
 
     def summary(self) -> dict[str, Any]:
         """What rank 0 returned; the line to the workers is closed.

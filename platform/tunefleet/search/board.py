@@ -1,7 +1,8 @@
-"""The line between a search's driver and its trials: how far each is, and the wish that all of them stop."""
+"""The line between a search's driver and its trials: how far each is, and what it shall do: stop, or move."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,17 @@ class Progress:
     step: int
     updates: int
     loss: float | None
+    nodes: tuple[str, ...] = ()
+    """Where its workers are, by Ray's names."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the search wants of a trial."""
+
+    stop: bool = False
+    leave: tuple[str, ...] = ()
+    """Nodes that it shall go on without, by Ray's names."""
 
 
 class Board:
@@ -21,12 +33,17 @@ class Board:
     def __init__(self) -> None:
         self._progress: dict[str, Progress] = {}
         self._stop = False
+        self._leave: dict[str, tuple[str, ...]] = {}
 
-    def tell(self, trial: str, progress: Progress | None) -> bool:
-        """Note how far a trial is. Returns whether it shall stop."""
+    def tell(self, trial: str, progress: Progress | None) -> Orders:
+        """Note how far a trial is. Returns what it shall do."""
         if progress is not None:
             self._progress[trial] = progress
-        return self._stop
+        return Orders(self._stop, self._leave.get(trial, ()))
+
+    def leave(self, trial: str, nodes: Sequence[str]) -> None:
+        """Let a trial go on without some nodes."""
+        self._leave[trial] = tuple(nodes)
 
     def look(self) -> dict[str, Progress]:
         """How far each trial is, by its name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from tunefleet.checkpoints import newest_complete, step_of
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.plan import Plan
-from tunefleet.search.board import Progress
+from tunefleet.search.board import Orders, Progress
 from tunefleet.search.book import PLANS, Report
 from tunefleet.storage import Place, place
 from tunefleet.training.checkpoint import read_progress
@@ -75,6 +75,9 @@ class Run(Protocol):
     def stop(self) -> None:
         """Ask the workers to save a checkpoint at the next step and to end."""
 
+    def move(self, nodes: Collection[str]) -> None:
+        """Ask the workers to save a checkpoint at the next step, and to go on without these nodes."""
+
     def summary(self) -> dict[str, Any]:
         """What rank 0 returned.
 
@@ -105,7 +108,7 @@ class Driven:
         evaluates: bool,
         interval: int,
         start: Start,
-        tell: Callable[[Progress | None], bool],
+        tell: Callable[[Progress | None], Orders],
         leg: Leg = WHOLE,
     ) -> None:
         """
@@ -113,7 +116,7 @@ class Driven:
             evaluates: whether the metric comes with evaluations; else with logged lines.
             interval: steps from one report to the next.
             start: starts it, to train until the leg's end.
-            tell: takes how far the trial is; returns whether it shall stop.
+            tell: takes how far the trial is; returns what it shall do.
             leg: how far it goes now.
         """
         self._name, self._leg = name, leg
@@ -126,6 +129,8 @@ class Driven:
         self._mark = ""
         self._running: Run | None = None
         self._started = self._stopping = False
+        self._nodes: tuple[str, ...] = ()
+        self._left: set[str] = set()
         self._goes_on = True
         self._latest: Report = {"step": 0}
         self._due: deque[Report] = deque()
@@ -139,7 +144,7 @@ class Driven:
     def _next_result(self) -> dict[str, Any]:
         if self._folder.finished():
             return self._finished(json.loads(self._folder.record.child(RESULT).read_text()))
-        if self._running is None and self._tell(None):
+        if self._running is None and self._tell(None).stop:
             return self._ended("interrupted")
         rested = self._rested()
         if rested is not None:
@@ -194,8 +199,9 @@ class Driven:
     def _hear(self, event: Event) -> None:
         """Take an event in; a new value of the metric is due, but that of the last step waits for the run's end."""
         match event:
-            case Started(start_step, _, _):
+            case Started(start_step, _, _, workers):
                 self._started = True
+                self._nodes = tuple(sorted({worker.node for worker in workers}))
                 self._latest["step"] = start_step
             case Stepped(step):
                 self._latest["step"] = step.step
@@ -214,10 +220,15 @@ class Driven:
         if time.monotonic() - self._told < _TELL_SECONDS:
             return
         self._told = time.monotonic()
-        progress = Progress(int(self._latest["step"] or 0), self._plan.batch.updates or 0, self._latest.get("loss"))
-        if self._tell(progress if self._started else None) and not self._stopping:
+        step, updates = int(self._latest["step"] or 0), self._plan.batch.updates or 0
+        progress = Progress(step, updates, self._latest.get("loss"), self._nodes)
+        orders = self._tell(progress if self._started else None)
+        if orders.stop and not self._stopping:
             self._stopping = True
             running.stop()
+        elif self._started and set(orders.leave) - self._left:
+            self._left |= set(orders.leave)
+            running.move(orders.leave)
 
     def _end(self, running: Run) -> dict[str, Any]:
         """The last result. An error that might not come again is raised, for Tune to begin the trial anew."""

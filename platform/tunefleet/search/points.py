@@ -69,6 +69,8 @@ class PointSearcher(Searcher):
         """Set when no further trial shall start."""
         self.paused: frozenset[str] = frozenset()
         """Tune's identifiers of trials that hold no workers at the moment."""
+        self.drained = False
+        """Whether there was nothing more to hand out, not even for lack of room."""
         self.refused: dict[str, int] = {}
         """Why proposals were not run, with how many of them."""
         self._space, self._pools, self._book, self._cluster = space, pools, book, cluster
@@ -101,6 +103,7 @@ class PointSearcher(Searcher):
         if self.closed:
             return Searcher.FINISHED
         found = self._with_room()
+        self.drained = found is None and not self._waiting
         if found is None:
             return None if self._waiting or self._awaited() else Searcher.FINISHED
         trial, plan = found
@@ -116,6 +119,11 @@ class PointSearcher(Searcher):
         """Whether there is room for a paused trial, which has another size from now on if one is given."""
         self._sizes[trial_id] = size or self._sizes[trial_id]
         return self._has_room(self._sizes[trial_id])
+
+    def running(self) -> dict[str, Size]:
+        """What each trial takes that has been handed out and has not ended, by its name."""
+        sizes = list(self._sizes.items())  # Tune goes on in its own thread
+        return {self._names[trial_id]: size for trial_id, size in sizes if trial_id not in self.paused}
 
     def _with_room(self) -> tuple[Trial, Plan] | None:
         """The first of the trials that wait for room if there is some for it, else a new one that overtakes them.

@@ -34,7 +34,7 @@ from tunefleet.launch.signals import StopWish, stop_wishes
 from tunefleet.models import check_weights
 from tunefleet.recipe.sections import RaySettings, Recipe, RunSettings
 from tunefleet.recipe.tune import SearchRecipe, TuneSettings
-from tunefleet.search.board import open_board
+from tunefleet.search.board import Progress, open_board
 from tunefleet.search.book import BOOK, PLANS, RUNS, SEARCHER, Book, State
 from tunefleet.search.breadth import Breadth, all_may_wait, breadth, seats_for_drivers
 from tunefleet.search.driven import ENDED, ERROR, FIGURES, sentence
@@ -42,6 +42,7 @@ from tunefleet.search.ending import leave
 from tunefleet.search.hosts import forks_here, host_keys, hosts_of
 from tunefleet.search.live import SearchDisplay
 from tunefleet.search.opening import open_space
+from tunefleet.search.packing import Packer
 from tunefleet.search.points import PointSearcher
 from tunefleet.search.population import Population, first_turn, kept_as_they_are, refuse_population
 from tunefleet.search.result import RESULT_FOLDER
@@ -264,6 +265,8 @@ class _Search:
         self._board = open_board()
         self._scribe = Scribe(book, self._searcher, shop.search, self._clock)
         self._most = max(1, wide.most)
+        ends_alone = hosts is None and settings.scheduler not in ("hyperband", "pbt")
+        self._packer = Packer(shop.cluster) if shop.cluster.node_types and ends_alone else None
         self._error: BaseException | None = None
 
     def run(self) -> int:
@@ -273,9 +276,12 @@ class _Search:
         stopping = False
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
-            self._display.update(self._book, ray.get(self._board.look.remote()))
+            progress = ray.get(self._board.look.remote())
+            self._display.update(self._book, progress)
             while self._notes:
                 self._display.note(self._notes.pop(0))
+            if not stopping:
+                self._pack(progress)
             over = self._shop.tune.seconds is not None and self._book.elapsed() > self._shop.tune.seconds
             if (over or self._wish.signal is not None) and not stopping:
                 stopping = True
@@ -295,6 +301,18 @@ class _Search:
         self._book.complete = self._wish.signal is None
         self._book.save()
         return self._wish.exit_code
+
+    def _pack(self, progress: Mapping[str, Progress]) -> None:
+        """Let the last trials share nodes, where nodes that are not needed go away.
+
+        Warm ones stay with their host, and those that a scheduler pauses move at every turn anyway.
+        """
+        if self._packer is None or not self._searcher.drained:
+            return
+        for name, nodes in self._packer.look(self._searcher.running(), progress).items():
+            self._board.leave.remote(name, nodes)
+            number = self._book.named(name).number
+            self._display.note(f"trial {number} moves to a node that others are on, so that its own can go")
 
     def _fit(self) -> None:
         try:

@@ -8,13 +8,18 @@ goes on from that very step: no step is lost, and no failure is counted.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from tunefleet.worker.seat import Seat
 
-Wish = Literal["stop", "grow"]
-"""What the driver may want of the workers: an end, or a new start on more of them."""
+Wish = Literal["stop", "grow", "move"]
+"""What the driver may want of the workers: an end, a new start on more of them, or one on other nodes."""
+_MOVES: Mapping[Wish, str] = {
+    "grow": "there is room for more workers",
+    "move": "it can share a node with others, and its own can go",
+}
 
 LOOK_SECONDS = 5.0
 """How often ranks ask each other about notices, which is a barrier. Clouds give half a minute or more."""
@@ -103,7 +108,7 @@ class Watch:
             return None
         if self._messages.terminated():
             return Leaving(True, f"worker {self._seat.rank} was sent SIGTERM")
-        return Leaving(True, "there is room for more workers") if wish == "grow" else None
+        return None if wish is None else Leaving(True, _MOVES[wish])
 
     def _gap(self, step: int) -> int:
         """Updates that take about `LOOK_SECONDS`, by those since the last look."""

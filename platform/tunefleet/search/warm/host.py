@@ -173,7 +173,7 @@ class WarmTrial:
     def _pass_on(self, progress: dict[str, Any] | None, figures: dict[str, float]) -> None:
         self._metrics.show(figures)
         seen = None if progress is None else Progress(**progress)
-        if ray.get(self._board.tell.remote(self._order.name, seen)):
+        if ray.get(self._board.tell.remote(self._order.name, seen)).stop:
             self._fork.line.send("stop")
 
     def pointer(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
@@ -12,7 +13,7 @@ from tunefleet.artifacts.folder import RunFolder
 from tunefleet.launch.runs import clear_notes
 from tunefleet.launch.verdict import ending_of, news_of_a_move, summary_of
 from tunefleet.plan import Plan
-from tunefleet.search.board import Progress
+from tunefleet.search.board import Orders, Progress
 from tunefleet.search.driven import Driven
 from tunefleet.search.warm.forks import Fork, TrialOrder, fork, last_words, shared_folder
 from tunefleet.search.warm.worker import Order, Word, take_environment
@@ -105,11 +106,11 @@ class _Trial:
         self._run = ForkedRun(plan, folder, order, self._order.address, self._host)
         return self._run
 
-    def _tell(self, progress: Progress | None) -> bool:
+    def _tell(self, progress: Progress | None) -> Orders:
         figures = {} if self._run is None else self._run.figures()
         self._host.line.send(("progress", (None if progress is None else asdict(progress), figures)))
         self._host.listen()
-        return self._host.stops
+        return Orders(self._host.stops)
 
 
 class ForkedRun:
@@ -200,6 +201,9 @@ class ForkedRun:
         self.let_go()
         with suppress(OSError):
             self._attempt.line.send("stop")
+
+    def move(self, nodes: Collection[str]) -> None:
+        """Nothing: a fork is where its host is."""
 
     def summary(self) -> dict[str, Any]:
         """What the worker returned.
