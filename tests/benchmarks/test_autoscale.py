@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from autoscale import SIDES, TYPES, Measured, bound, equal, missed, recipe, table
+from autoscale import SIDES, TYPES, Measured, bound, equal, missed, node_seconds, recipe, table
+from tests.autoscaling import Life
 
 from tunefleet.recipe.tune import search_from
 from tunefleet.search.opening import open_space
 
 
 def measured(node_seconds: float, seconds: float = 100.0, loss: float = 1.5) -> Measured:
-    return Measured(seconds, node_seconds, 2, 2, 60.0, {"trial_0001": loss})
+    return Measured(seconds, node_seconds, 2, 2, 0, 60.0, {"trial_0001": loss})
 
 
 def sides(**changed: Measured) -> dict[str, Measured]:
@@ -51,3 +52,8 @@ def test_the_table_sets_each_side_against_the_others() -> None:
 
 def test_the_bound_is_the_updates_and_two_nodes_that_start_and_time_out() -> None:
     assert bound(sides(), idle_seconds=20.0, start_seconds=5.0) == 60 + 2 * 25
+
+
+def test_a_node_that_stays_counts_until_it_could_have_gone() -> None:
+    lives = [Life("a", "cpu", began=10.0, ended=130.0), Life("b", "cpu", began=30.0, ended=None)]
+    assert node_seconds(lives, first_leave=120.0) == 120 + 90
