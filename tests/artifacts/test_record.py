@@ -23,8 +23,7 @@ from tunefleet.artifacts.record import (
     write_record,
     write_result,
 )
-from tunefleet.training.loop import Step
-from tunefleet.training.stopwatch import Pace
+from tunefleet.training.step import Pace, Step
 
 UPDATES = 23
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from tunefleet.errors import Refused, RunFailed
 from tunefleet.model_settings import ModelSettings
 from tunefleet.models import empty_model
-from tunefleet.training.checkpoint import Progress, fingerprints, load, save
+from tunefleet.training.checkpoint import fingerprints, load, save
 from tunefleet.training.determinism import pin
 from tunefleet.training.engines.loading import Source
 from tunefleet.training.loop import evaluate, train
 from tunefleet.training.loss import objective
+from tunefleet.training.progress import Progress
 from tunefleet.weight_files import WeightFiles
 from tunefleet_strategies.contract import AttachContext
 from tunefleet_strategies.full import Full

@@ -14,7 +14,8 @@ from tests.training.tiny import FP32, MIXED, PURE, MemoryRows, Run, start
 from torch import Tensor, nn
 
 from tunefleet.training.activations import checkpoint_activations
-from tunefleet.training.checkpoint import Progress, fingerprints, load, save
+from tunefleet.training.checkpoint import fingerprints, load, save
+from tunefleet.training.progress import Progress
 from tunefleet_strategies.badam import BAdam
 from tunefleet_strategies.contract import Precision
 from tunefleet_strategies.optim.block_adamw import BlockAdamW

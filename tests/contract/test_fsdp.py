@@ -37,9 +37,10 @@ from transformers import AutoModelForCausalLM
 
 from tunefleet.errors import Refused
 from tunefleet.models import causal_lm
-from tunefleet.training.checkpoint import Progress, load, save
+from tunefleet.training.checkpoint import load, save
 from tunefleet.training.loop import evaluate
 from tunefleet.training.loss import objective
+from tunefleet.training.progress import Progress
 from tunefleet_strategies.contract import Precision
 from tunefleet_strategies.full import Full
 

@@ -12,7 +12,8 @@ from tests.contract.variants import CELLS, VARIANTS
 from tests.training.tiny import FP32, MIXED, PURE, Run, start
 
 from tunefleet.errors import Refused
-from tunefleet.training.checkpoint import Progress, fingerprints, load, load_initial, save
+from tunefleet.training.checkpoint import fingerprints, load, load_initial, save
+from tunefleet.training.progress import Progress
 from tunefleet_strategies.contract import Precision
 
 UPDATES = 4

@@ -10,7 +10,8 @@ import torch
 from tests.contract.variants import VARIANTS
 from tests.training.tiny import ARCHITECTURES, FP32, MIXED, MemoryRows, Run, start
 
-from tunefleet.training.checkpoint import Progress, fingerprints, load, load_initial, save
+from tunefleet.training.checkpoint import fingerprints, load, load_initial, save
+from tunefleet.training.progress import Progress
 from tunefleet_strategies.contract import Precision
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

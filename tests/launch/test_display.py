@@ -11,8 +11,7 @@ from rich.console import Console
 
 from tunefleet.artifacts.metrics import Line
 from tunefleet.launch.display import LineDisplay, LiveDisplay, open_display
-from tunefleet.training.loop import Step
-from tunefleet.training.stopwatch import Pace
+from tunefleet.training.step import Pace, Step
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped
 
 

@@ -11,8 +11,9 @@ from tests.training.tiny import PURE, start
 from torch import nn
 
 from tunefleet.errors import Refused
-from tunefleet.training.checkpoint import Progress, RunState, fingerprints, load, save
+from tunefleet.training.checkpoint import RunState, fingerprints, load, save
 from tunefleet.training.engines.plain import PlainEngine
+from tunefleet.training.progress import Progress
 from tunefleet_strategies.full import Full
 from tunefleet_strategies.lora import Lora
 

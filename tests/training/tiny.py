@@ -28,10 +28,11 @@ from tunefleet.training.determinism import seed_everything
 from tunefleet.training.engines.engine import Engine
 from tunefleet.training.engines.plain import PlainEngine
 from tunefleet.training.layout import choose_layout
-from tunefleet.training.loop import Feed, Step, train
+from tunefleet.training.loop import Feed, train
 from tunefleet.training.loss import objective
 from tunefleet.training.schedule import LearningRate, build_scheduler
 from tunefleet.training.settings import TrainingSettings
+from tunefleet.training.step import Step
 from tunefleet_strategies.contract import AttachContext, OptimizerSpec, Precision, Strategy
 
 VOCABULARY = 67

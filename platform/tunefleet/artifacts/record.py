@@ -29,7 +29,7 @@ from tunefleet.storage import place
 
 if TYPE_CHECKING:
     from tunefleet.artifacts.curves import Curves
-    from tunefleet.training.loop import Step
+    from tunefleet.training.step import Step
 
 RECORD = "record.json"
 ATTEMPTS = "attempts.jsonl"

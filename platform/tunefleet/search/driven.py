@@ -22,7 +22,7 @@ from tunefleet.plan import Plan
 from tunefleet.search.board import Orders, Progress
 from tunefleet.search.book import PLANS, Report
 from tunefleet.storage import Place, place
-from tunefleet.training.checkpoint import read_progress
+from tunefleet.training.progress import read_progress
 from tunefleet.worker.events import Evaluated, Event, Logged, Started, Stepped
 from tunefleet.worker.failures import Failure, failures, last_failure
 from tunefleet_strategies.errors import StrategyError
@@ -64,7 +64,7 @@ WHOLE = Leg()
 
 
 class Run(Protocol):
-    """A run under way, as its driver sees it (`launch.train.Running`)."""
+    """A run under way, as its driver sees it (`launch.running.Running`)."""
 
     def goes_on(self) -> bool:
         """Wait a little for the run's end. Returns whether it still goes on."""

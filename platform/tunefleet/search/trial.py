@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
-from tunefleet.launch.train import Running
+from tunefleet.launch.running import Running
 from tunefleet.search.driven import WHOLE, Driven, Leg
 from tunefleet.storage import place
 from tunefleet.worker.exits import end_surely

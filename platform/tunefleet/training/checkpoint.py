@@ -25,22 +25,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunefleet.errors import LONGEST_REASON, Refused, first_line
-from tunefleet.storage import Place
 from tunefleet.training.engines.engine import Engine
 from tunefleet.training.engines.plain import OPTIMIZER, WEIGHTS
 from tunefleet.training.files import digest, load_pickle, load_tensors, read, save_tensors
+from tunefleet.training.progress import Progress
 from tunefleet.training.random_state import capture, restore
 from tunefleet_strategies.contract import Saved
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands at an update boundary."""
-
-    step: int = 0
-    """Updates applied, also the index of the next one in the batch schedule."""
-    record: Mapping[str, int | float | None] = field(default_factory=dict)
-    """The sums that whoever records the run goes on from (`artifacts.record.Recorder.state`)."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +134,6 @@ def convert(folder: Path, change: Callable[[Saved], Saved]) -> None:
         save_tensors(changed.weights, folder / f"new.{WEIGHTS}")
         (folder / f"new.{WEIGHTS}").replace(folder / WEIGHTS)  # what was read may still be mapped from the old file
     torch.save(dict(changed.optimizer), folder / OPTIMIZER)
-
-
-def read_progress(checkpoint: Place) -> Progress:
-    """Where a checkpoint in storage stands.
-
-    Raises:
-        FileNotFoundError: it is no checkpoint.
-    """
-    return Progress(**json.loads(checkpoint.child("state.json").read_text())["progress"])
 
 
 def load_initial(folder: Path) -> dict[str, Tensor]:

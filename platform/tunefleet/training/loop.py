@@ -27,31 +27,8 @@ from tunefleet.training.layout import evaluating
 from tunefleet.training.loss import Objective
 from tunefleet.training.random_state import capture, restore
 from tunefleet.training.schedule import LearningRate
-from tunefleet.training.stopwatch import Pace, Stopwatch
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer update, as all ranks know it but for `seconds`, what follows from them, and `pace`."""
-
-    step: int
-    """Its number, from 1."""
-    epoch: float
-    loss: float
-    """Token losses of the global batch / its target tokens."""
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    """Real tokens of the global batch, padding apart."""
-    target_tokens: int
-    seconds: float
-    tokens_per_second: float
-    mfu: float | None
-    """Model operations done / those that one measured device times the number of workers could do."""
-    stopped: bool
-    """True on the last step of a run that was asked to stop before its end."""
-    pace: Pace
-    """Where this rank's time went."""
+from tunefleet.training.step import Step
+from tunefleet.training.stopwatch import Stopwatch
 
 
 class Rows(Protocol):

@@ -5,23 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from tunefleet.data.batches import Batch
-
-
-@dataclass(frozen=True)
-class Pace:
-    """One rank's own share of an update."""
-
-    tokens: int
-    """Real tokens that this rank was fed."""
-    data_wait_seconds: float
-    """Until micro-batches were laid out and on the device."""
-    compute_seconds: float | None
-    """Forward and backward passes, without what is spent on other ranks; None where that cannot be told apart."""
+from tunefleet.training.step import Pace
 
 
 class Stopwatch:

@@ -14,14 +14,16 @@ from tunefleet.data.tokens import TokenSplit
 from tunefleet.errors import RunFailed
 from tunefleet.models import expert_share, load_tokenizer
 from tunefleet.plan import Plan, batch_schedule
-from tunefleet.training.checkpoint import Progress, RunState, load
+from tunefleet.training.checkpoint import RunState, load
 from tunefleet.training.determinism import seed_everything
 from tunefleet.training.engines.engine import Engine
 from tunefleet.training.flops import peak_flops, token_flops
 from tunefleet.training.layout import Layout, choose_layout
-from tunefleet.training.loop import Feed, Gauge, Step, evaluate, train
+from tunefleet.training.loop import Feed, Gauge, evaluate, train
 from tunefleet.training.loss import Objective, objective
+from tunefleet.training.progress import Progress
 from tunefleet.training.schedule import LearningRate, build_scheduler
+from tunefleet.training.step import Step
 from tunefleet.worker.mounting.mount import mount
 from tunefleet.worker.mounting.mounted import Mounted
 from tunefleet.worker.seat import Seat

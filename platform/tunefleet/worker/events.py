@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunefleet.artifacts.metrics import Line
-from tunefleet.training.loop import Step
+from tunefleet.training.step import Step
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ray.util.metrics import Counter, Gauge
 
 if TYPE_CHECKING:  # a warm trial's host shows figures, and does not load what trains
-    from tunefleet.training.loop import Step
+    from tunefleet.training.step import Step
 
 TAGS = ("run", "rank", "node")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tunefleet.training.engines.engine import Engine
-from tunefleet.training.loop import Step
+from tunefleet.training.step import Step
 
 _NAME_BYTES = 64
 """Of a node's name, what travels."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tunefleet.artifacts.fingerprints import folder_fingerprint
 from tunefleet.artifacts.record import RECORD, Recorder, has_line, write_record, write_result
 from tunefleet.storage import Place
-from tunefleet.training.loop import Step
+from tunefleet.training.step import Step
 from tunefleet.worker.build import OpenedData, Trainee
 from tunefleet.worker.events import Evaluated, Event, Logged, Noticed, Saved, Started, Stepped, Worker
 from tunefleet.worker.job import Job

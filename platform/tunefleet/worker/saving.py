@@ -16,7 +16,8 @@ from tunefleet.artifacts.folder import RunFolder
 from tunefleet.checkpoints import prune, step_name
 from tunefleet.hardware import on_network
 from tunefleet.storage import Place
-from tunefleet.training.checkpoint import Progress, save
+from tunefleet.training.checkpoint import save
+from tunefleet.training.progress import Progress
 from tunefleet.worker.build import Trainee
 from tunefleet.worker.job import Job
 from tunefleet.worker.reporter import Reporter

@@ -18,8 +18,7 @@ from tunefleet.artifacts.trackers.mlflow_run import MlflowRun
 from tunefleet.artifacts.trackers.tracker import TrackedRun, Tracker
 from tunefleet.artifacts.trackers.wandb_run import WandbRun
 from tunefleet.storage import place
-from tunefleet.training.loop import Step
-from tunefleet.training.stopwatch import Pace
+from tunefleet.training.step import Pace, Step
 
 UPDATES, SAVE_STEPS = 20, 8
 CONFIG = {"learning_rate": 1e-3, "lora_target": ["q_proj", "v_proj"], "plan": {"batch": {"global_batch_samples": 16}}}
