@@ -52,7 +52,6 @@ def test_words_of_the_command_line_stay_words() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_job_is_followed_to_its_model_and_one_is_stopped(desk: Desk, give: Give) -> None:
     """The second one starts beside the first; while it is under way, another job of its run is refused."""
@@ -76,8 +75,8 @@ def test_one_job_is_followed_to_its_model_and_one_is_stopped(desk: Desk, give: G
     assert give("jobs", "stop", "halted-1", *at)[0] == 0
     code, text = give("jobs", "logs", "halted-1", *at)
     assert (code, "Stopped at step" in text) == (143, True), text
-    (checkpoint,) = (desk.storage / "halted" / "checkpoints").glob("step_*")
-    assert f"Stopped at step {int(checkpoint.name.removeprefix('step_'))}" in text
+    newest = max((desk.storage / "halted" / "checkpoints").glob("step_*"))
+    assert f"Stopped at step {int(newest.name.removeprefix('step_'))}" in text
 
     code, text = give("jobs", "list", *at)
     assert (code, *(word in text for word in ("sent-1", "succeeded", "halted-1", "stopped"))) == (0, *[True] * 4)

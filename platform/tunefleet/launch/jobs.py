@@ -247,12 +247,11 @@ def follow(client: Client, job: str, show: Callable[[str], None], pending_second
     try:
         _await_start(client, job, pending_seconds, address)
         tail = _Tail(client, job, show)
-        while True:
-            info = client.get_job_info(job)
-            tail.follow()  # it breaks off where a connection does, so the last look is one that began after the end
-            if info.status not in _UNDER_WAY:
-                return exit_code(info)
+        while (info := client.get_job_info(job)).status in _UNDER_WAY:
+            tail.follow()  # it breaks off where a connection does
             time.sleep(_POLL_SECONDS)
+        tail.show_rest()
+        return exit_code(info)
     except (requests.exceptions.RequestException, ConnectionError) as error:
         raise RunFailed(
             f"The job server is gone ({first_line(error)}); the job {job} may go on: look again with `tunefleet jobs "
@@ -316,6 +315,12 @@ class _Tail:
             asyncio.run(self._lines())
         except Exception as error:  # handed over to the main thread, which raises it
             self._error = error
+
+    def show_rest(self) -> None:
+        """Show what is left of a job that has ended: at once, where following would first wait for more to come."""
+        *lines, rest = self._client.get_job_logs(self._job).split("\n")
+        for number, line in enumerate([*lines, rest] if rest else lines, 1):
+            self._tell(number, line)
 
     async def _lines(self) -> None:
         number, rest = 0, ""
