@@ -80,7 +80,9 @@ def herd(world: World, space: list[dict[str, Any]], *, real: bool = False, **mor
     folder = place(world.folder / "runs" / "search")
     cluster = ClusterShape((NodeShape(cpus=2),), cpu=Hardware("cpu", bf16=False))
     shop = Workshop(open_space(search), search.tune, search.keys, cluster, world.folder, folder)
-    made = Herd(world, shop, Book(folder), clock(search.tune, shop.survey()[0].plan))
+    planned = shop.survey()[0].plan
+    timed = clock(search.tune, planned.batch.updates, planned.cadence)
+    made = Herd(world, shop, Book(folder), timed)
     for number, point in enumerate(shop.space.points(), 1):
         plan = shop.plan(point)
         one = made.book.add(point, "branch", "method", 1, plan.batch.updates)

@@ -11,10 +11,12 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, HyperBandForBOHB, HyperBandScheduler, TrialScheduler
 from tests.search.test_book import trial
 
+from tunefleet.errors import Refused
+from tunefleet.plan import CadencePlan
 from tunefleet.recipe.tune import TuneSettings, search_from
 from tunefleet.search.book import Book
 from tunefleet.search.driven import rung
-from tunefleet.search.schedulers import Clock, remember, scheduler
+from tunefleet.search.schedulers import Clock, clock, remember, scheduler
 from tunefleet.storage import place
 
 CLOCK = Clock(updates=90, interval=10, grace=10)
@@ -34,6 +36,21 @@ def test_each_name_means_a_scheduler(book: Book) -> None:
     assert isinstance(scheduler(settings(), CLOCK, book), FIFOScheduler)
     assert isinstance(scheduler(settings(scheduler="hyperband"), CLOCK, book), HyperBandScheduler)
     assert isinstance(scheduler(settings(scheduler="hyperband", search="bohb"), CLOCK, book), HyperBandForBOHB)
+
+
+def test_steps_that_every_trial_gets_are_fewer_than_it_has() -> None:
+    cadence = CadencePlan(
+        logging=10,
+        saving=None,
+        evaluation=30,
+        evaluates_at_start=False,
+        evaluates_at_end=True,
+        preemption_notices=1,
+    )
+    assert clock(settings(scheduler="asha"), 90, cadence) == Clock(90, 30, 30)
+    assert clock(settings(scheduler="asha", grace_steps=89), 90, cadence).grace == 89
+    with pytest.raises(Refused, match="grace_steps: 90 lets no trial be stopped, since a whole one has 90 steps"):
+        clock(settings(scheduler="asha", grace_steps=90), 90, cadence)
 
 
 def decision(made: TrialScheduler, name: str, step: int, loss: float) -> str:

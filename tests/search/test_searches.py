@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from tests.search.herd import herd
 from tests.search.under_tune import (
     LORA,
     RATIO,
-    TRIALS,
     Watching,
     all_given_back,
     attempts,
     folder,
     kept,
+    kill_trials,
     search_keys,
     searched,
     until,
@@ -341,13 +340,8 @@ class DriverKiller:
         self.killed = 0
 
     def __call__(self, book: Book) -> None:
-        if self.killed or not any(trial.reports for trial in book.trials):
-            return
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # one of Ray's short ones
-                if process.name().startswith(TRIALS):
-                    process.kill()
-                    self.killed += 1
+        if not self.killed and any(trial.reports for trial in book.trials):
+            self.killed = kill_trials()
 
 
 @pytest.mark.slow

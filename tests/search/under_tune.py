@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import ray
 from ray.util import placement_group_table
 from tests.worker.under_ray import World
@@ -30,8 +31,19 @@ RATIO: dict[str, Any] = {
 }
 
 
-TRIALS = ("ray::RunTrial", "ray::HostTrial", "ray::ResourceTrainable")
+_TRIALS = ("ray::RunTrial", "ray::HostTrial", "ray::ResourceTrainable")
 """What Ray calls the processes of trials: our classes between results, at work the one that Tune makes of them."""
+
+
+def kill_trials() -> int:
+    """Kill the processes of trials that this process's own Ray has started: drivers or hosts. Returns their number."""
+    killed = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one of Ray's short ones
+            if process.name().startswith(_TRIALS):
+                process.kill()
+                killed += 1
+    return killed
 
 
 class Watching:

@@ -178,11 +178,12 @@ REFUSED: Mapping[str, Refusal] = dict(
             "fp16_full_eval half_precision_backend",
         ),
         *_refused(_NEVER, "fp8 is not supported", "remove it and write bf16: true", "fp8_backend"),
+        *_refused(_OFF, "FSDP has a key of its own", "remove it and write sharding: fsdp2", "fsdp fsdp_config"),
         *_refused(
             _OFF,
             "this engine is not supported",
             "remove it; ray_num_workers sets the data parallelism",
-            "fsdp fsdp_config use_mca use_hyper_parallel hyper_parallel_args accelerator_config parallelism_config "
+            "use_mca use_hyper_parallel hyper_parallel_args accelerator_config parallelism_config "
             "use_kt "
             "kt_weight_path "
             "kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num "

@@ -19,7 +19,8 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from tunefleet.plan import Plan
+from tunefleet.errors import Refused
+from tunefleet.plan import CadencePlan
 from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import Book, Trial
 from tunefleet.search.driven import RUNG, rung
@@ -39,11 +40,20 @@ class Clock:
     """Steps that every trial gets."""
 
 
-def clock(tune: TuneSettings, plan: Plan) -> Clock:
-    """The clock of a search whose trials are planned like this one."""
+def clock(tune: TuneSettings, updates: int | None, cadence: CadencePlan) -> Clock:
+    """The clock of a search whose trials have so many updates and such a cadence.
+
+    Raises:
+        Refused: trials would be over before the first of them could be stopped.
+    """
     evaluates = tune.metrics[0].startswith("eval_")
-    interval = (plan.cadence.evaluation if evaluates else plan.cadence.logging) or plan.cadence.logging
-    updates = plan.batch.updates or 1
+    interval = (cadence.evaluation if evaluates else cadence.logging) or cadence.logging
+    updates = updates or 1
+    if tune.grace_steps is not None and tune.grace_steps >= updates:
+        raise Refused(
+            f"tune.grace_steps: {tune.grace_steps} lets no trial be stopped, since a whole one has {updates} steps: "
+            f"make it smaller, or write tune.scheduler: none."
+        )
     return Clock(updates, min(interval, updates), min(tune.grace_steps or interval, updates))
 
 

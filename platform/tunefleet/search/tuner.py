@@ -114,8 +114,10 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
             server = stack.enter_context(fork_server())
         with display.preparing() as stages:
             plans = shop.survey(stages)
+        first = plans[0].plan
+        timed = clock(search.tune, first.batch.updates, first.cadence)
         if search.tune.scheduler == "pbt":
-            refuse_population(search.tune, clock(search.tune, plans[0].plan), plans)
+            refuse_population(search.tune, timed, plans)
         hosts = hosts_of(plans, server if forks else None) if warm else None
         check_weights(common.model)
         refuse_unusable(place(common.ray.ray_storage_path, base=root), "ray_storage_path")
@@ -135,7 +137,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         wish = stack.enter_context(stop_wishes())
         stack.enter_context(display)
         with _told_of_ray():
-            ending = _Search(shop, plans, book, common, display, wish, hosts, wide).run()
+            ending = _Search(shop, plans, book, common, display, wish, hosts, wide, timed).run()
     if ending:
         return SearchOutcome(book, search.tune, folder, output_dir, ending)
     leave(shop, book, output_dir, plot=common.run.plot_loss)
@@ -235,16 +237,19 @@ class _Search:
         wish: StopWish,
         hosts: Hosts | None,
         wide: Breadth,
+        timed: Clock,
     ) -> None:
         """
         Args:
             hosts: what hosts of warm trials start with; None where all are cold.
+            wide: how many trials run at once.
+            timed: how trials are timed.
         """
         self._shop, self._book, self._display, self._wish = shop, book, display, wish
         settings = shop.tune
         self._hosts = hosts
         seed = common.training.seed if settings.search_seed is None else settings.search_seed
-        self._clock = clock(settings, plans[0].plan)
+        self._clock = timed
         self._notes: list[str] = []
         """What the thread of the trials has to say."""
         self._searcher = PointSearcher(

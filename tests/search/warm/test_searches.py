@@ -11,11 +11,11 @@ import pytest
 from tests.search.under_tune import (
     LORA,
     RATIO,
-    TRIALS,
     Watching,
     all_given_back,
     attempts,
     folder,
+    kill_trials,
     searched,
     until,
     worker_groups,
@@ -141,14 +141,9 @@ class HostKiller:
         return [str(process) for process in self.seen if process.is_running()]
 
     def __call__(self, book: Book) -> None:
-        started = psutil.Process().children(recursive=True)
-        self.seen |= set(started) - self._before
-        if self.killed or not any(trial.steps >= self._step for trial in book.trials):
-            return
-        for process in started:
-            if process.is_running() and process.name().startswith(TRIALS):
-                process.kill()
-                self.killed += 1
+        self.seen |= set(psutil.Process().children(recursive=True)) - self._before
+        if not self.killed and any(trial.steps >= self._step for trial in book.trials):
+            self.killed = kill_trials()
 
 
 def test_a_trial_whose_host_is_killed_is_begun_again_from_its_checkpoint(world: World) -> None:
