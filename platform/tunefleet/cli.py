@@ -127,6 +127,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
     read = _read(recipe, overrides, address)
     from tunefleet.artifacts.report import summary_table
     from tunefleet.launch.display import open_display
+    from tunefleet.launch.job_folder import lasting
     from tunefleet.launch.train import train as run
 
     display_console = errors if as_json else console
@@ -138,7 +139,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
         print_plain(console, text)
     else:
         console.print(summary_table(outcome.summary))
-        print_plain(console, str(outcome.output_dir), "bold")
+        print_plain(console, lasting(outcome.output_dir, outcome.run.child("model").uri), "bold")
     sys.exit(outcome.exit_code)
 
 
@@ -179,7 +180,9 @@ def _wants_warm_hosts(path: Path, overrides: list[str]) -> bool:
 
 
 def _tell_of_search(outcome: SearchOutcome, as_json: bool) -> None:
+    from tunefleet.launch.job_folder import lasting
     from tunefleet.search.ending import result_table, tournament_table, winning
+    from tunefleet.search.result import RESULT_FOLDER
     from tunefleet.search.tournament import as_json as standings_as_json
     from tunefleet.search.tournament import standings
 
@@ -198,7 +201,7 @@ def _tell_of_search(outcome: SearchOutcome, as_json: bool) -> None:
         console.print(result_table(outcome.book, outcome.tune))
         if outcome.tune.tournament:
             console.print(tournament_table(standings(outcome.book, outcome.tune), outcome.tune))
-        print_plain(console, str(outcome.output_dir), "bold")
+        print_plain(console, lasting(outcome.output_dir, outcome.search.child(RESULT_FOLDER).uri), "bold")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tunefleet.launch.job_folder import JOB_CONFIG, is_shipped, kept_folder, refuse_left_at_home, settled
+from tunefleet.launch.job_folder import JOB_CONFIG, is_shipped, kept_folder, lasting, refuse_left_at_home, settled
 from tunefleet.recipe.problems import RecipeError
 
 KEYS = {
@@ -124,6 +124,16 @@ def test_a_laptop_without_the_quickstart_is_told_its_own(root: Path) -> None:
     for name in ("base", "data"):
         (root / ".quickstart" / name).mkdir(parents=True)
     assert words(root) == {}
+
+
+def test_a_result_in_the_jobs_folder_is_named_where_it_stays(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    assert lasting(root / "out", "s3://b/run/model") == str(root / "out")
+    monkeypatch.setenv(JOB_CONFIG, SHIPPED)
+    assert lasting(root / "out", "s3://b/run/model") == "s3://b/run/model"
+    assert lasting(tmp_path / "shared", "s3://b/run/model") == str(tmp_path / "shared")
 
 
 def test_a_recipe_that_did_not_travel_is_named(root: Path, shipped: None) -> None:

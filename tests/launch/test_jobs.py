@@ -64,6 +64,7 @@ def test_one_job_is_followed_to_its_model_and_one_is_stopped(desk: Desk, give: G
     assert code == 0, text
     assert "sent-1 (1 local files" in text
     assert f"step {UPDATES}/{UPDATES}" in text
+    assert str(desk.storage / "sent" / "model") in text
     record = desk.storage / "sent" / "record"
     assert json.loads((record / "record.json").read_text())["recipe"]["seed"] == 3
     assert give("fetch", "sent", "--to", "home", "--storage", str(desk.storage))[0] == 0

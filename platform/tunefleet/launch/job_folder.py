@@ -58,6 +58,16 @@ def kept_folder(storage: object = None) -> Path:
     return Path(str(storage) if is_folder else DEFAULT_STORAGE).expanduser()
 
 
+def lasting(folder: Path, kept: str) -> str:
+    """Where somebody finds a result: in the folder that the recipe names, unless it goes with the job's.
+
+    Args:
+        folder: `output_dir`, absolute.
+        kept: what storage has of it.
+    """
+    return kept if is_shipped() and folder.is_relative_to(Path.cwd()) else str(folder)
+
+
 def refuse_left_at_home(path: Path) -> None:
     """See that a recipe has travelled with the job that runs it.
 
