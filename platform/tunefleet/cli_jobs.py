@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from tunefleet.cli_words import AsJson, Overrides, RecipePath, console, errors, print_json, print_plain
 from tunefleet.errors import Refused
@@ -29,6 +29,7 @@ PendingSeconds = Annotated[
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's name, as `tunefleet jobs list` shows it.")]
 
 DETACHED_CODE = 130
+_JOB_WIDTH = 40
 
 
 def submit(
@@ -175,7 +176,9 @@ def stop(job: Job, address: Address) -> None:
 
 
 def _table(lines: list[JobLine]) -> Table:
-    table = Table("job", "run", "state", "started", "minutes", "exit code")
+    longest = max((len(line.job) for line in lines), default=0)
+    job = Column("job", overflow="fold", min_width=min(longest, _JOB_WIDTH))  # it is what other commands are given
+    table = Table(job, Column("run", overflow="fold"), "state", "started", "minutes", "exit code")
     for line in lines:
         code = "" if line.exit_code is None else str(line.exit_code)
         table.add_row(line.job, line.run, line.state, _clock(line.started), _minutes(line), code)

@@ -121,6 +121,15 @@ def test_the_table_says_how_long_ago() -> None:
     assert all(age in text for age in ages)
 
 
+def test_a_narrow_terminal_cuts_no_name() -> None:
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    name = "quickstart-search_methods-second"
+    row = Overview(name, "galore, lora, badam", "search", "finished", last_word=now, metric="eval_loss", best=4.83)
+    console = Console(width=80, record=True)
+    console.print(overview_table([row], now))
+    assert name in console.export_text()
+
+
 def test_a_file_is_no_storage_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be listed"):

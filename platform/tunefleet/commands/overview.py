@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tunefleet.artifacts.folder import RunFolder
@@ -23,6 +23,7 @@ from tunefleet.stores import reason
 
 State = Literal["planned", "running", "silent", "stopped", "failed", "finished", "unreadable"]
 """silent: nothing says that it ended, and nothing was written for SILENT_SECONDS."""
+_NAME_WIDTH = 40
 SILENT_SECONDS = 900.0
 COLOURS: dict[State, str] = {
     "finished": "green",
@@ -181,7 +182,9 @@ def _is_silent(last_word: datetime | None, now: datetime) -> bool:
 
 def overview_table(found: Sequence[Overview], now: datetime) -> Table:
     """As `tunefleet ps` shows them."""
-    table = Table("name", "method", "state", "done", "best", "last word")
+    longest = max((len(one.name) for one in found), default=0)
+    name = Column("name", overflow="fold", min_width=min(longest, _NAME_WIDTH))  # it is what other commands are given
+    table = Table(name, "method", "state", "done", "best", "last word")
     for one in found:
         state = Text(one.state, style=COLOURS[one.state])
         if one.why:
