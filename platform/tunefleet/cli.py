@@ -132,14 +132,15 @@ def train(recipe: RecipePath, overrides: Overrides = None, address: Address = No
 
     display_console = errors if as_json else console
     outcome = run(read, open_display(display_console), Path.cwd())
+    found = lasting(outcome.output_dir, outcome.run.child("model").uri)
     if as_json:
-        print_json({"output_dir": str(outcome.output_dir), "run": outcome.run.uri, **outcome.summary})
+        print_json({"output_dir": found, "run": outcome.run.uri, **outcome.summary})
     elif outcome.exit_code:
         text = f"Stopped at step {outcome.summary['step']} with a checkpoint; the same command goes on from it."
         print_plain(console, text)
     else:
         console.print(summary_table(outcome.summary))
-        print_plain(console, lasting(outcome.output_dir, outcome.run.child("model").uri), "bold")
+        print_plain(console, found, "bold")
     sys.exit(outcome.exit_code)
 
 
@@ -186,10 +187,11 @@ def _tell_of_search(outcome: SearchOutcome, as_json: bool) -> None:
     from tunefleet.search.tournament import as_json as standings_as_json
     from tunefleet.search.tournament import standings
 
+    found = lasting(outcome.output_dir, outcome.search.child(RESULT_FOLDER).uri)
     if as_json:
         best = [asdict(trial) for trial in winning(outcome.book, outcome.tune)]
         counts = {"trials": len(outcome.book.trials), "ended": sum(trial.ended for trial in outcome.book.trials)}
-        place = {"output_dir": str(outcome.output_dir), "search": outcome.search.uri}
+        place = {"output_dir": found, "search": outcome.search.uri}
         table = standings_as_json(standings(outcome.book, outcome.tune), outcome.tune)
         ranked = {"tournament": table} if outcome.tune.tournament else {}
         print_json({**place, **counts, "best": best, **ranked})
@@ -201,7 +203,7 @@ def _tell_of_search(outcome: SearchOutcome, as_json: bool) -> None:
         console.print(result_table(outcome.book, outcome.tune))
         if outcome.tune.tournament:
             console.print(tournament_table(standings(outcome.book, outcome.tune), outcome.tune))
-        print_plain(console, lasting(outcome.output_dir, outcome.search.child(RESULT_FOLDER).uri), "bold")
+        print_plain(console, found, "bold")
 
 
 @app.command()
@@ -278,6 +280,8 @@ def ps(
     from tunefleet.commands.overview import overview_table, overviews
     from tunefleet.storage import place
 
+    if not storage.strip():
+        raise Refused("ps was given an empty path: name the ray_storage_path of your recipes, or leave it out.")
     now = datetime.now(UTC)
     found = overviews(place(storage), now)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from datetime import datetime
@@ -105,7 +106,7 @@ def _amount(text: str) -> tuple[str, float]:
         number = float(amount)
     except ValueError:
         number = 0.0
-    if not name or number <= 0:
+    if not name or not 0 < number < math.inf:
         raise Refused(f"--driver-resource {text} is no amount: write one such as CPU=1 or trial_driver=1.")
     return name, number
 
@@ -169,7 +170,15 @@ def stop(job: Job, address: Address) -> None:
 
     client = connect(address)
     line = found(client, job)
-    if client.stop_job(job):
+    if line.state == "pending":
+        client.stop_job(job)
+        print_plain(
+            console,
+            f"{job} has not started, and Ray stops only what has: it is asked to stop as soon as it starts, and Ray "
+            f"gives it up a while after it was sent (RAY_JOB_START_TIMEOUT_SECONDS of the head, 15 minutes). Send a "
+            f"corrected recipe under another ray_run_name.",
+        )
+    elif client.stop_job(job):
         print_plain(console, f"{job} is asked to stop.")
     else:
         print_plain(console, f"{job} has ended already ({line.state}).")

@@ -86,9 +86,8 @@ def open_uri(text: str) -> Opened:
     refuse_credentials(text)
     text = _with_endpoint(text)
     parts = urlsplit(text)
+    refuse_unknown_scheme(text)
     shown = shown_uri(text)
-    if _ALIASES.get(parts.scheme, parts.scheme) not in _OPTIONS:
-        raise Refused(f"{shown} cannot be opened: write a path, or a URI that begins with s3://, gs:// or hdfs://.")
     try:
         filesystem, path = FileSystem.from_uri(text)
     except (OSError, ValueError, ImportError) as error:
@@ -100,6 +99,19 @@ def open_uri(text: str) -> Opened:
     if filesystem.type_name == "gcs" and parts.username:
         host = f"{parts.username}@"
     return Opened(filesystem, path, f"{parts.scheme}://{host}", f"?{parts.query}" if parts.query else "")
+
+
+def refuse_unknown_scheme(uri: str) -> None:
+    """See that a URI names a kind of file system that there is.
+
+    Raises:
+        Refused: it does not.
+    """
+    scheme = urlsplit(uri).scheme
+    if _ALIASES.get(scheme, scheme) not in _OPTIONS:
+        raise Refused(
+            f"{shown_uri(uri)} cannot be opened: write a path, or a URI that begins with s3://, gs:// or hdfs://."
+        )
 
 
 def _mend_to_open(scheme: str) -> str:

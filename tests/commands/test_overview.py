@@ -64,6 +64,8 @@ def test_a_run_in_each_of_its_states(tmp_path: Path, tiny_model: Path, quickstar
     assert (one.kind, one.state, one.method, one.done, one.of) == ("run", "finished", "lora", 6, 6)
     assert (one.metric, one.best) == ("eval_loss", min(losses))
     assert (seen()["stopped"].state, seen()["stopped"].done) == ("stopped", stopped.told.steps[-1])
+    attempt(stopped.folder, end_step=5)
+    assert seen()["stopped"].done == 5, "the last step may have had no line"
 
     attempt(stopped.folder, reason="failed: step 4: the disk is full")
     assert (seen()["stopped"].state, seen()["stopped"].why) == ("failed", "step 4: the disk is full")

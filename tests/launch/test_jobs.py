@@ -81,8 +81,9 @@ def test_one_job_is_followed_to_its_model_and_one_is_stopped(desk: Desk, give: G
 
     code, text = give("jobs", "list", *at)
     assert (code, *(word in text for word in ("sent-1", "succeeded", "halted-1", "stopped"))) == (0, *[True] * 4)
-    code, text = give("jobs", "status", "nobody", *at)
-    assert (code, "knows no job nobody" in text) == (2, True)
+    for nobody in ("nobody", "", "a/b"):
+        code, text = give("jobs", "status", nobody, *at)
+        assert (code, "knows no job" in text) == (2, True), text
 
 
 @pytest.mark.ray
@@ -92,6 +93,9 @@ def test_a_finished_run_is_refused_by_its_job(desk: Desk) -> None:
     assert desk.give(*words)[0] == 0
     code, text = desk.give(*words)
     assert (code, "done-2" in text, "is finished" in text) == (2, True, True), text
+    # Ray gives jobs that bring the same files one folder, so both have the same output_dir.
+    code, text = desk.give("submit", "recipe.yaml", "ray_run_name=other", "max_steps=2")
+    assert (code, str(desk.storage / "other" / "model") in text) == (0, True), text
 
 
 @pytest.mark.ray
@@ -134,8 +138,11 @@ def test_a_job_that_cannot_start_is_explained(desk: Desk) -> None:
         "submit", "recipe.yaml", "ray_run_name=held", "--driver-resource", "trial_driver=1", "--pending-timeout", "4"
     )
     assert code == 1
-    assert "its process asks for 1 trial_driver; the 1 node(s) have 2 CPU; no node has trial_driver" in text
-    assert desk.give("jobs", "stop", "held-1")[0] == 0
+    assert "its process asks for 1 trial_driver; the 1 node(s) have 2 CPU; no node has 1 trial_driver" in text
+    code, text = desk.give("jobs", "stop", "held-1")
+    assert (code, "has not started, and Ray stops only what has" in text) == (0, True), text
+    code, text = desk.give("submit", "recipe.yaml", "ray_run_name=held")
+    assert (code, "as job held-1, which has not started" in text) == (2, True), text
 
 
 @pytest.mark.ray
@@ -156,4 +163,4 @@ def test_a_token_is_asked_for_and_taken(tmp_path: Path, tiny_model: Path, quicks
         assert (code, f"step {UPDATES}/{UPDATES}" in text) == (0, True), text
         held = ("ray_run_name=held", "--driver-resource", "trial_driver=1", "--pending-timeout", "3")
         code, text = desk.give("submit", "recipe.yaml", *held)
-        assert (code, "no node has trial_driver" in text) == (1, True), text
+        assert (code, "no node has 1 trial_driver" in text) == (1, True), text

@@ -105,3 +105,8 @@ def test_too_much_is_refused_by_the_largest_file(root: Path, monkeypatch: pytest
 def test_what_would_go_with_the_job_is_refused(root: Path, key: str, value: str) -> None:
     with pytest.raises(Refused, match=f"{key}: {value} is relative"):
         parcel(recipe(**{key: value}), root)
+
+
+def test_a_store_of_no_known_kind_is_refused_here_and_not_on_the_cluster(root: Path) -> None:
+    with pytest.raises(Refused, match=r"ftp://x/y cannot be opened: .* s3://, gs:// or hdfs://"):
+        parcel(recipe(ray_storage_path="ftp://x/y"), root)

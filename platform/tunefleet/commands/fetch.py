@@ -42,7 +42,7 @@ def fetch(run: Place, to: Path, *, overwrite: bool) -> Path:
             f"The {kind} {run.name} is not finished, so there is nothing to fetch yet: the same `tunefleet {command}` "
             f"goes on with it, and `tunefleet ps` says how far it is."
         )
-    refuse_foreign_output(to, folder, overwrite)
+    refuse_foreign_output(to, folder, overwrite, key="--to", permit="add --overwrite")
     refuse_unwritable(to, "--to")
     if is_search:
         bring_search_home(run, to, plot=True)

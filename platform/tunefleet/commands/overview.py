@@ -102,6 +102,7 @@ def _of_run(folder: RunFolder, now: datetime) -> Overview:
     )
     state, why = _state(folder, attempts, _is_silent(last_word, now))
     metric, value = _best(lines)
+    steps = [*(line["step"] for line in lines), *(attempt.get("end_step") for attempt in attempts)]
     return Overview(
         root.name,
         root.uri,
@@ -109,7 +110,7 @@ def _of_run(folder: RunFolder, now: datetime) -> Overview:
         state,
         why=why,
         method=None if plan is None else plan.recipe.method.label(),
-        done=max((int(line["step"] or 0) for line in lines), default=0),
+        done=max((int(step or 0) for step in steps), default=0),
         of=None if plan is None else plan.batch.updates,
         metric=metric,
         best=value,

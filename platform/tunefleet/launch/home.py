@@ -48,8 +48,19 @@ def refuse_unusable(storage: Place, key: str) -> None:
         raise Refused(f"{key}: {error}") from error
 
 
-def refuse_foreign_output(output_dir: Path, folder: RunFolder, overwrite: bool) -> None:
+def refuse_foreign_output(
+    output_dir: Path,
+    folder: RunFolder,
+    overwrite: bool,
+    *,
+    key: str = "output_dir",
+    permit: str = "write overwrite_output_dir: true",
+) -> None:
     """Leave files alone that this run has not written.
+
+    Args:
+        key: what names the folder, for the sentence.
+        permit: what lets the files be written over, for the sentence.
 
     Raises:
         Refused: the folder holds files of something else.
@@ -58,8 +69,7 @@ def refuse_foreign_output(output_dir: Path, folder: RunFolder, overwrite: bool) 
         return
     if _writer(output_dir) != folder.root.uri:
         raise Refused(
-            f"output_dir {output_dir} holds files of something else: choose another output_dir, or write "
-            f"overwrite_output_dir: true to write over them."
+            f"{key} {output_dir} holds files of something else: choose another {key}, or {permit} to write over them."
         )
 
 

@@ -58,6 +58,14 @@ def kept_folder(storage: object = None) -> Path:
     return Path(str(storage) if is_folder else DEFAULT_STORAGE).expanduser()
 
 
+def goes_with_the_job(folder: Path) -> bool:
+    """Whether a folder lies in the copy that Ray throws away, and shares out among jobs that brought the same files.
+
+    Nothing is left there: nobody would find it, and another job's run may leave its own under the same name.
+    """
+    return is_shipped() and folder.is_relative_to(Path.cwd())
+
+
 def lasting(folder: Path, kept: str) -> str:
     """Where somebody finds a result: in the folder that the recipe names, unless it goes with the job's.
 
@@ -65,7 +73,7 @@ def lasting(folder: Path, kept: str) -> str:
         folder: `output_dir`, absolute.
         kept: what storage has of it.
     """
-    return kept if is_shipped() and folder.is_relative_to(Path.cwd()) else str(folder)
+    return kept if goes_with_the_job(folder) else str(folder)
 
 
 def refuse_left_at_home(path: Path) -> None:

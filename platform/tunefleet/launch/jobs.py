@@ -38,6 +38,8 @@ RUN, STORAGE, DRIVER = "tunefleet_run", "tunefleet_storage", "tunefleet_driver"
 """What a job's metadata says of its run, and of what its own process asks for (JSON)."""
 _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray takes these before the address that it is given."""
+_TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Loggers that tell of every package and connection; the two below `ray` have a level of their own."""
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 10.0
 _READY_SECONDS = 60.0
@@ -85,7 +87,8 @@ def connect(address: str) -> Client:
         )
     for name in _OVERRIDING:
         os.environ.pop(name, None)
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it sends
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     _choose_authentication()
     try:
         told = requests.get(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS)
@@ -232,9 +235,10 @@ def _refuse_clash(jobs: Sequence[JobDetails], order: Order) -> None:
         said = job.metadata or {}
         same = said.get(RUN) == order.run_name and said.get(STORAGE) == order.storage
         if same and job.status in _UNDER_WAY:
+            pending = ", which has not started" if job.status == JobStatus.PENDING else ""
             raise Refused(
-                f"The run {order.run_name} is under way already, as job {job.submission_id}: follow it with `tunefleet "
-                f"jobs logs {job.submission_id}`, or choose another ray_run_name."
+                f"The run {order.run_name} is under way already, as job {job.submission_id}{pending}: follow it with "
+                f"`tunefleet jobs logs {job.submission_id}`, or choose another ray_run_name."
             )
 
 
@@ -271,11 +275,13 @@ def _why_pending(info: JobDetails, job: str, seconds: float, address: str) -> st
     """What a job that does not start asks for, and what the cluster has."""
     wanted: dict[str, float] = json.loads((info.metadata or {}).get(DRIVER, "{}"))
     offers = [node.resources_total or {} for node in list_nodes(address=address) if node.state == "ALIVE"]
-    missing = [name for name, amount in wanted.items() if all(offer.get(name, 0.0) < amount for offer in offers)]
+    missing = {
+        name: amount for name, amount in wanted.items() if all(offer.get(name, 0.0) < amount for offer in offers)
+    }
     has = "; ".join(_amounts({k: v for k, v in offer.items() if _counts(k)}) or "nothing" for offer in offers)
     what = f"its process asks for {_amounts(wanted)}" if wanted else "it asks for nothing but a place on the head"
     lack = (
-        f"no node has {', '.join(missing)}: give a node such a resource, or ask for another --driver-resource"
+        f"no node has {_amounts(missing)}: give a node such a resource, or ask for another --driver-resource"
         if missing
         else "so it waits for them to be free, or for its environment to be set up"
     )
@@ -372,10 +378,13 @@ def found(client: Client, job: str) -> JobLine:
     Raises:
         Refused: there is none of this name.
     """
+    unknown = Refused(f"The cluster knows no job {job or repr(job)}: `tunefleet jobs list` shows those that it has.")
+    if not job or "/" in job:  # else the server would be asked for something else
+        raise unknown
     try:
         return line_of(client.get_job_info(job))
     except RuntimeError as error:
-        raise Refused(f"The cluster knows no job {job}: `tunefleet jobs list` shows those that it has.") from error
+        raise unknown from error
 
 
 def line_of(info: JobDetails) -> JobLine:

@@ -16,6 +16,7 @@ from tunefleet.data.entries import INFO_FILE, resolve
 from tunefleet.errors import Refused
 from tunefleet.launch.off_this_machine import RECIPE_FILE
 from tunefleet.recipe.sections import Recipe
+from tunefleet.stores import refuse_unknown_scheme
 from tunefleet.training.deepspeed_config import NAMED
 
 MOST_BYTES = 64 * 2**20
@@ -92,6 +93,8 @@ def _refuse_passing_storage(recipe: Recipe) -> None:
         ("tokenized_path", recipe.data.tokenized_path),
     )
     for key, value in named:
+        if value is not None and "://" in value:
+            refuse_unknown_scheme(value)  # here, and not on the cluster
         if value is not None and _is_relative(value):
             raise Refused(
                 f"{key}: {value} is relative, and would lie in the job's own folder, which goes with the job: write an "

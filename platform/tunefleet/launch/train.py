@@ -19,6 +19,7 @@ from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape,
 from tunefleet.launch.display import Display
 from tunefleet.launch.draft import draft
 from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unusable, refuse_unwritable
+from tunefleet.launch.job_folder import goes_with_the_job
 from tunefleet.launch.running import Running
 from tunefleet.launch.runs import claimed, open_run
 from tunefleet.launch.signals import StopWish, stop_wishes
@@ -65,8 +66,10 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         check_weights(recipe.model)
         folder = RunFolder(storage.child(plan.place.run_name))
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
-        refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
-        refuse_unwritable(output_dir, "output_dir")
+        stays = not goes_with_the_job(output_dir)
+        if stays:
+            refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
+            refuse_unwritable(output_dir, "output_dir")
         mark = stack.enter_context(claimed(folder))
         notices = open_run(plan, folder)
         for text in (*plan.notices, *notices):
@@ -81,7 +84,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
             raise BrokenOff(f"Broken off: {_what_is_left(folder)}.") from error
         except RayError as error:  # as when a signal to the whole process group ends Ray's processes too
             raise RunFailed(f"Ray ended during the run, which was broken off: {_what_is_left(folder)}.") from error
-        if not summary["stopped"]:
+        if stays and not summary["stopped"]:
             bring_home(folder, output_dir, recipe.run.plot_loss)
         return Outcome(plan, folder.root, output_dir, summary, wish.exit_code if summary["stopped"] else 0)
 

@@ -28,7 +28,7 @@ from tunefleet.recipe.tune import TuneSettings
 from tunefleet.search.book import BOOK, Book, Trial, best, front
 from tunefleet.search.live import COLOURS, sampled
 from tunefleet.search.plots import best_so_far_plot, trials_plot
-from tunefleet.search.result import bring_search_home, keep_result
+from tunefleet.search.result import keep_result
 from tunefleet.search.tournament import Standing, as_json, best_of_branches, standings, winner
 from tunefleet.search.trials import Workshop
 
@@ -36,8 +36,8 @@ _OF_A_SEARCH = ("overwrite_output_dir", "resume_from_checkpoint", "ray_run_name"
 """Keys that say something of the search and nothing of its trials."""
 
 
-def leave(shop: Workshop, book: Book, output_dir: Path, *, plot: bool) -> None:
-    """Write what a search leaves.
+def leave(shop: Workshop, book: Book) -> None:
+    """Put what a search leaves into its storage.
 
     Raises:
         RunFailed: no trial went to its end.
@@ -58,7 +58,6 @@ def leave(shop: Workshop, book: Book, output_dir: Path, *, plot: bool) -> None:
         best_so_far_plot(book.sampled, settings.metrics[0], settings.modes[0], files / "best_so_far.png")
         trials_plot(book.trials, settings.metrics[0], files / "trials.png")
         keep_result(shop.search, files, [trial.name for trial in winners])
-    bring_search_home(shop.search, output_dir, plot=plot)
 
 
 def write_recipes(shop: Workshop, book: Book, winners: Sequence[Trial], folder: Path) -> None:

@@ -29,6 +29,7 @@ from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import LONGEST_REASON, BrokenOff, Refused, RunFailed, first_line
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, search_session
 from tunefleet.launch.home import refuse_foreign_output, refuse_unusable, refuse_unwritable
+from tunefleet.launch.job_folder import goes_with_the_job
 from tunefleet.launch.runs import claimed
 from tunefleet.launch.signals import StopWish, stop_wishes
 from tunefleet.models import check_weights
@@ -45,7 +46,7 @@ from tunefleet.search.opening import open_space
 from tunefleet.search.packing import Packer
 from tunefleet.search.points import PointSearcher
 from tunefleet.search.population import Population, first_turn, kept_as_they_are, refuse_population
-from tunefleet.search.result import RESULT_FOLDER
+from tunefleet.search.result import RESULT_FOLDER, bring_search_home
 from tunefleet.search.rounds import Rounds
 from tunefleet.search.schedulers import Clock, clock, pauses, remember, scheduler
 from tunefleet.search.searchers import pools, refuse_missing
@@ -121,8 +122,10 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         hosts = hosts_of(plans, server if forks else None) if warm else None
         check_weights(common.model)
         refuse_unusable(place(common.ray.ray_storage_path, base=root), "ray_storage_path")
-        refuse_foreign_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
-        refuse_unwritable(output_dir, "output_dir")
+        stays = not goes_with_the_job(output_dir)
+        if stays:
+            refuse_foreign_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
+            refuse_unwritable(output_dir, "output_dir")
         stack.enter_context(claimed(RunFolder(folder)))
         book = _open_book(search, common, folder, len(space.branches))
         trials = planned_trials(space, search.tune)
@@ -140,7 +143,9 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
             ending = _Search(shop, plans, book, common, display, wish, hosts, wide, timed).run()
     if ending:
         return SearchOutcome(book, search.tune, folder, output_dir, ending)
-    leave(shop, book, output_dir, plot=common.run.plot_loss)
+    leave(shop, book)
+    if stays:
+        bring_search_home(folder, output_dir, plot=common.run.plot_loss)
     return SearchOutcome(book, search.tune, folder, output_dir, 0)
 
 
