@@ -13,7 +13,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 from safetensors.torch import load_file
+from typer.core import TyperGroup
+from typer.testing import CliRunner
 
 from tunefleet import cli
 from tunefleet.errors import BrokenOff, Refused, RunFailed
@@ -440,3 +443,17 @@ def test_the_commands_are_listed_without_loading_torch_or_ray() -> None:
     assert (code, loaded) == ("0", "[]")
     for name in ("train", "plan", "data", "export", "generate", "schema", "methods", "doctor"):
         assert any(name in line for line in page)
+
+
+def commands_of(group: object, *words: str) -> list[tuple[str, ...]]:
+    """The words of a command and of all that are below it."""
+    below = group.commands.items() if isinstance(group, TyperGroup) else ()
+    return [words, *(found for name, one in below for found in commands_of(one, *words, name))]
+
+
+@pytest.mark.parametrize("words", commands_of(typer.main.get_command(cli.app)), ids=" ".join)
+def test_every_command_says_what_it_takes(words: tuple[str, ...]) -> None:
+    """Its page is markup: what stands in brackets without need may be taken for a tag, and break it."""
+    said = CliRunner().invoke(cli.app, [*words, "--help"])
+    assert said.exit_code == 0, said.exception
+    assert "Usage" in said.output

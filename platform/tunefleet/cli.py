@@ -421,7 +421,7 @@ def manifest(
         Path | None, typer.Option(help="With --check: a folder of official CRD files, used on top.")
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="s3://..., gs://..., or pvc://CLAIM[/FOLDER] for a ReadWriteMany claim.")
+        str | None, typer.Option(help="s3://..., gs://..., or pvc://CLAIM\\[/FOLDER] for a ReadWriteMany claim.")
     ] = None,
     image: Annotated[str | None, typer.Option(help="What every pod runs; default: what k8s/Dockerfile makes.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Where the objects belong.")] = None,
