@@ -168,6 +168,11 @@ BLOWS = [
     Blow("another version", f"runs Ray 2.9.3 and this machine {ray.__version__}: install ray==2.9.3 here", to="old"),
     Blow("secret for the workers", "sets HF_TOKEN, a secret, which does not belong into a recipe", (), with_secret),
     Blow("secret in a URI", "carries credentials", (f"ray_storage_path=s3://key:{SECRET}@bucket/runs",)),
+    Blow(
+        "secret in a URL of the workers",
+        "ray_init_kwargs: has a URL with a user or a password in it (http://...@), and a recipe is copied; leave out",
+        (f'ray_init_kwargs={{"runtime_env": {{"env_vars": {{"MLFLOW_TRACKING_URI": "http://u:{SECRET}@h"}}}}}}',),
+    ),
     Blow("secret as a key", "secrets do not belong into a recipe", (f"hub_token={SECRET}",)),
     Blow("secret sent along", "--env HF_TOKEN would send a secret", ("--env", "HF_TOKEN")),
     Blow("cluster in the recipe", "ray_address: head:6379 names a cluster", ("ray_address=head:6379",)),

@@ -47,6 +47,7 @@ def rendered(path: Path, *words: str, storage: str = CLAIM, per_pod: int | None 
 
 
 def written(tmp_path: Path, **keys: Any) -> Path:
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "recipe.yaml"
     base = {"model_name_or_path": "org/model", "dataset": "org/rows", "output_dir": "outputs/a", "max_steps": 10}
     path.write_text(yaml.safe_dump({**base, **keys}))
@@ -309,6 +310,25 @@ def test_a_secret_that_was_written_is_not_repeated() -> None:
     with pytest.raises(Refused) as refused:
         secret_variable("HF_TOKEN=hf_abcdef")
     assert "hf_abcdef" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"_redis_password": "hunter2"},
+        {"runtime_env": {"env_vars": {"DB_PASS": "hunter2"}}},
+        {"runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": "http://u:hunter2@h:5000"}}},
+        {"runtime_env": {"pip": ["git+https://hunter2@github.com/x/y"]}},
+    ],
+)
+def test_no_secret_of_a_recipe_reaches_its_manifest(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    for path in (written(tmp_path / "run"), search(tmp_path / "search", {"lora_rank": {"choice": [4, 8]}})):
+        path.write_text(path.read_text() + yaml.safe_dump({"ray_init_kwargs": arguments}))
+        with pytest.raises(Refused, match=r"^ray_init_kwargs.*--secret NAME=SECRET:KEY") as refused:
+            rendered(path, storage="s3://b/r")
+        assert "hunter2" not in str(refused.value)
+    harmless = {"runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": "http://h:5000"}, "pip": ["git+ssh://git@h/x"]}}
+    assert rendered(written(tmp_path, ray_init_kwargs=harmless), storage="s3://b/r")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -176,3 +176,11 @@ def test_a_secret_in_the_workers_environment_is_refused_and_not_shown(name: str)
         read_flat(keys | {"ray_init_kwargs": {"runtime_env": {"env_vars": {name: "hunter2"}}}})
     assert "hunter2" not in str(caught.value)
     read_flat(keys | {"ray_init_kwargs": {"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}}})
+
+
+def test_a_secret_among_the_arguments_of_ray_is_refused_and_not_shown() -> None:
+    keys: dict[str, object] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+    with pytest.raises(RecipeError, match=r"sets _redis_password, a secret.*--secret NAME=SECRET:KEY") as caught:
+        read_flat(keys | {"ray_init_kwargs": {"_redis_password": "hunter2"}})
+    assert "hunter2" not in str(caught.value)
+    read_flat(keys | {"ray_init_kwargs": {"object_store_memory": 10**8, "_temp_dir": "/scratch"}})

@@ -12,6 +12,7 @@ from tunefleet.data.entries import FILE_TYPES, HUB_NAME
 from tunefleet.data.settings import DEFAULT_FOLDER, read_pieces
 from tunefleet.errors import Refused
 from tunefleet.recipe.problems import Problem, RecipeError, shown
+from tunefleet.secret_names import url_with_user
 from tunefleet.stores import refuse_credentials
 
 MOUNT = "/mnt/tunefleet"
@@ -79,6 +80,24 @@ def refuse_local(keys: Mapping[str, object], storage: Storage) -> None:
     found = [*_models(keys, storage), *_data(keys, storage), *_others(keys, storage)]
     if found:
         raise RecipeError(found)
+
+
+def refuse_users_in_urls(keys: Mapping[str, object], option: str) -> None:
+    """See that no URL in a recipe that leaves this machine carries a user or a password.
+
+    Args:
+        option: how the command that sends it names a secret.
+
+    Raises:
+        RecipeError: some do; what they carry is not repeated.
+    """
+    found = [(key, scheme) for key, value in keys.items() if (scheme := url_with_user(value)) is not None]
+    if found:
+        mend = f"leave out what stands before the @, and let the program find it in a variable: {option}"
+        raise RecipeError(
+            Problem(key, f"has a URL with a user or a password in it ({scheme}://...@), and a recipe is copied", mend)
+            for key, scheme in found
+        )
 
 
 def _models(keys: Mapping[str, object], storage: Storage) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tunefleet.data.entries import INFO_FILE, resolve
 from tunefleet.errors import Refused
-from tunefleet.launch.off_this_machine import RECIPE_FILE
+from tunefleet.launch.off_this_machine import RECIPE_FILE, refuse_users_in_urls
 from tunefleet.recipe.sections import Recipe
 from tunefleet.stores import refuse_unknown_scheme
 from tunefleet.training.deepspeed_config import NAMED
@@ -60,8 +60,8 @@ def parcel(recipe: Recipe, root: Path) -> Parcel:
         root: the folder that relative paths start from.
 
     Raises:
-        Refused: a path leads out of `root`, too much would travel, what the run leaves would go with the job, or the
-            recipe names a cluster.
+        Refused: a path leads out of `root`, too much would travel, what the run leaves would go with the job, the
+            recipe names a cluster, or a URL in it carries a user.
     """
     if recipe.ray.ray_address is not None:
         raise Refused(
@@ -69,6 +69,7 @@ def parcel(recipe: Recipe, root: Path) -> Parcel:
             f"or write ray_address=null behind the recipe."
         )
     _refuse_passing_storage(recipe)
+    refuse_users_in_urls(recipe.flat(), "--secret NAME")
     found: dict[Path, Path] = {}
     for key, path in _named(recipe, root):
         for file in _files_of(root / path):

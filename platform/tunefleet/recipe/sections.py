@@ -13,7 +13,7 @@ from tunefleet.data.settings import DataSettings, Pieces
 from tunefleet.errors import Refused
 from tunefleet.model_settings import ModelSettings
 from tunefleet.recipe.node_types import NodeTypes
-from tunefleet.secret_names import is_secret
+from tunefleet.secret_names import secret_keys
 from tunefleet.settings import DEFAULT_STORAGE, Settings
 from tunefleet.stores import refuse_credentials
 from tunefleet.training.settings import TrainingSettings
@@ -44,15 +44,14 @@ def _without_credentials(value: _T) -> _T:
 
 
 def _without_secret_variables(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Arguments of `ray.init` whose `runtime_env` hands no secret to the workers: Ray shows it to whoever asks."""
-    environment = value.get("runtime_env")
-    variables = environment.get("env_vars") if isinstance(environment, dict) else None
-    for name in variables if isinstance(variables, dict) else ():
-        if is_secret(name):
-            raise ValueError(
-                f"ray_init_kwargs: sets {name}, a secret, which does not belong into a recipe; set it in the "
-                f"environment of the cluster's machines, or give them an identity of the platform"
-            )
+    """Arguments of `ray.init` that hold no secret: Ray shows `runtime_env` to whoever asks, and a recipe is copied."""
+    name = next(secret_keys(value), None)
+    if name is not None:
+        raise ValueError(
+            f"ray_init_kwargs: sets {name}, a secret, which does not belong into a recipe; set it in the environment "
+            f"of the cluster's machines (manifest --secret NAME=SECRET:KEY does that for pods, submit --secret NAME asks "
+            f"for it), or give them an identity of the platform"
+        )
     return value
 
 

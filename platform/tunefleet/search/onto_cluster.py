@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunefleet.launch.demand import Demand, train_demand
-from tunefleet.launch.off_this_machine import STORAGE, Storage, refuse_local, storage_of
+from tunefleet.launch.off_this_machine import STORAGE, Storage, refuse_local, refuse_users_in_urls, storage_of
 from tunefleet.recipe.problems import RecipeError
 from tunefleet.recipe.tune import KEY
 from tunefleet.recipe.yaml_text import read_mapping, read_overrides, read_text
@@ -27,6 +27,7 @@ def demand_of(
     """
     keys = _merged(path, overrides)
     place = storage_of(storage, keys.get(STORAGE))
+    refuse_users_in_urls({**keys, STORAGE: None}, "--secret NAME=SECRET:KEY")
     refuse_local(keys, place)
     keys[STORAGE] = place.uri
     make = search_demand if keys.get(KEY) is not None else train_demand
