@@ -12,6 +12,7 @@ from tests.kube.samples import Object, cluster_spec, pod, ray_cluster, ray_job
 
 from tunefleet.errors import Refused
 from tunefleet.kube.check import KINDS, check_file, check_text
+from tunefleet.kube.ray import START_OPTIONS
 
 TOKEN = {"authOptions": {"mode": "token"}}
 AUTOSCALED = {"enableInTreeAutoscaling": True}
@@ -42,6 +43,23 @@ def test_right_objects_have_no_problem() -> None:
     assert found(ray_job()) == []
     assert found(ray_job(suspend=True, shutdownAfterJobFinishes=True, ttlSecondsAfterFinished=60)) == []
     assert found(ray_job(deletionStrategy={"deletionRules": [RULE]})) == []
+
+
+def test_what_is_unusual_and_right_has_no_problem() -> None:
+    digest = f"[::1]:5000/a__b/c-d.e@sha256:{'0' * 64}"
+    for image in ("ray", "a/b:1.0_x", "registry.example:5000/Team".lower(), "localhost/a", "Reg.io/a:V1", digest):
+        assert found(container(image=image)) == [], image
+    amounts: Object = {"cpu": 0.5, "ephemeral-storage": "1Gi", "hugepages-2Mi": "4Mi", "nvidia.com/gpu": 1}
+    assert found(container(resources={"requests": amounts, "limits": amounts})) == []
+    assert found(container(ports=[{"containerPort": 1, "name": "8265-http"}])) == []
+    assert found(put(ray_cluster(), "spec/workerGroupSpecs/0/resources", {"CPU": "4", "fast_disk": "1"})) == []
+
+
+def test_the_options_of_ray_start_are_those_that_ray_has() -> None:
+    from ray.scripts.scripts import start
+
+    long = {word.removeprefix("--") for one in start.params for word in one.opts if word.startswith("--")}
+    assert long == START_OPTIONS
 
 
 HEAD = "spec.headGroupSpec.template.spec.containers[0]"
@@ -85,7 +103,33 @@ WRONG: list[tuple[object, str]] = [
         container(volumeMounts=[{"name": "v", "mountPath": "v"}]),
         f"{HEAD}.volumeMounts[0].mountPath: 'v' is no absolute",
     ),
+    (
+        container(resources={"requests": {"memroy": "1Gi"}}),
+        f"{HEAD}.resources.requests.memroy: 'memroy' is no resou",
+    ),
+    (container(resources={"limits": {"cpuu": 1}}), f"{HEAD}.resources.limits.cpuu: 'cpuu' is no resource of a contain"),
+    (container(resources={"requests": {"cpu": "-1"}}), f"{HEAD}.resources.requests.cpu: -1 is negative"),
+    (container(image="My Image"), f"{HEAD}.image: 'My Image' is no image"),
+    (container(image="Registry/Team:1"), f"{HEAD}.image: 'Registry/Team:1' is no image"),
+    (container(image="a:1:2"), f"{HEAD}.image: 'a:1:2' is no image"),
+    (container(image=""), f"{HEAD}.image: '' is no image"),
+    (ray_cluster(**AUTOSCALED, autoscalerOptions={"image": "a b"}), "spec.autoscalerOptions.image: 'a b' is no image"),
+    (container(ports=[{"containerPort": 1, "name": "8265"}]), f"{HEAD}.ports[0].name: '8265' is no name of a port"),
+    (container(ports=[{"containerPort": 1, "name": "a" * 16}]), f"{HEAD}.ports[0].name: 'aaaaaaaaaaaaaaaa' is no name"),
+    (container(livenessProbe={"httpGet": {"port": "80"}}), f"{HEAD}.livenessProbe.httpGet.port: '80' is no name of a"),
+    (container(livenessProbe={"httpGet": {"port": 0}}), f"{HEAD}.livenessProbe.httpGet.port: 0 is no port"),
+    (
+        container(livenessProbe={"httpGet": {"port": 80, "path": "healthz"}}),
+        f"{HEAD}.livenessProbe.httpGet.path: 'healthz' is no path",
+    ),
     # clusters
+    (put(ray_cluster(), "spec/workerGroupSpecs/0/resources", {"cpu": "4"}), f"{GROUP}.resources: cpu would be a resou"),
+    (put(ray_cluster(), "spec/workerGroupSpecs/0/resources", {"Gpu": "4"}), f"{GROUP}.resources: Gpu would be a resou"),
+    (put(ray_cluster(), "spec/workerGroupSpecs/0/resources", {"GPU": "-4"}), f"{GROUP}.resources: GPU is -4, which is"),
+    (
+        put(ray_cluster(), "spec/workerGroupSpecs/0/rayStartParams", {"num_cpus": "4"}),
+        f"{GROUP}.rayStartParams: num_cpus is no option of ray start; did you mean num-cpus?",
+    ),
     (put(ray_cluster(), "spec/workerGroupSpecs/0/minReplicas", 3), f"{GROUP}: minReplicas is 3 and maxReplicas 2"),
     (put(ray_cluster(), "spec/workerGroupSpecs/0/replicas", 3), f"{GROUP}: replicas is 3, outside of"),
     (ray_cluster(workerGroupSpecs=cluster_spec()["workerGroupSpecs"] * 2), "spec: two worker groups are named workers"),

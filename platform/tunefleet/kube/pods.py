@@ -11,6 +11,8 @@ from tunefleet.kube.fields import (
     Annotations,
     AtLeastOne,
     Count,
+    HttpPath,
+    Image,
     LabelName,
     Labels,
     LabelValue,
@@ -18,10 +20,12 @@ from tunefleet.kube.fields import (
     ObjectName,
     Piece,
     Port,
+    PortName,
     PortOrName,
     QualifiedName,
     Quantity,
     Requirement,
+    ResourceName,
     Selector,
     VariableName,
     quantity,
@@ -112,8 +116,8 @@ class EnvFrom(Piece):
 class Resources(Piece):
     """What a container is given (requests), and what it may not exceed (limits)."""
 
-    requests: dict[QualifiedName, Quantity] | None = None
-    limits: dict[QualifiedName, Quantity] | None = None
+    requests: dict[ResourceName, Quantity] | None = None
+    limits: dict[ResourceName, Quantity] | None = None
 
     @model_validator(mode="after")
     def _limits_hold_requests(self) -> Self:
@@ -131,7 +135,7 @@ class HttpGet(Piece):
     """A probe by HTTP."""
 
     port: PortOrName
-    path: str | None = None
+    path: HttpPath | None = None
     host: str | None = None
     scheme: Literal["HTTP", "HTTPS"] | None = None
 
@@ -230,7 +234,7 @@ class ContainerPort(Piece):
     """A port that a container listens on."""
 
     containerPort: Port
-    name: Annotated[str, Field(max_length=15)] | None = None
+    name: PortName | None = None
     protocol: Literal["TCP", "UDP", "SCTP"] | None = None
 
 
@@ -241,7 +245,7 @@ class Container(Piece):
     """One container of a pod."""
 
     name: LabelName
-    image: str | None = Field(None, min_length=1)
+    image: Image | None = None
     imagePullPolicy: PullPolicy | None = None
     command: list[str] | None = None
     args: list[str] | None = None

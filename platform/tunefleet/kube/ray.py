@@ -16,12 +16,14 @@ from pydantic import AfterValidator, Field, model_validator
 from tunefleet.kube.fields import (
     AtLeastOne,
     Count,
+    Image,
     Labels,
     ObjectMeta,
     ObjectName,
     Piece,
     Quantity,
     is_dns_1035,
+    near,
     quantity,
     refuse_all,
 )
@@ -46,6 +48,22 @@ CLUSTER_LABEL = "ray.io/cluster"
 _AUTOSCALER_SWITCH = "RAY_enable_autoscaler_v2"
 _FIRST_V2_RAY, _FIRST_TOKEN_RAY, _FIRST_PRIORITY_RAY = (2, 47), (2, 52), (2, 56)
 _START_RESOURCES = frozenset({"num-cpus", "num-gpus", "memory", "resources"})
+START_OPTIONS = frozenset(
+    {
+        *("address", "autoscaling-config", "block", "cgroup-path", "dashboard-agent-grpc-port"),
+        *("dashboard-agent-listen-port", "dashboard-host", "dashboard-port", "disable-usage-stats"),
+        *("enable-object-reconstruction", "enable-resource-isolation", "head", "include-dashboard"),
+        *("include-log-monitor", "labels", "labels-file", "log-color", "log-style", "max-worker-port", "memory"),
+        *("metrics-export-port", "min-worker-port", "no-monitor", "no-redirect-output", "node-ip-address"),
+        *("node-manager-port", "node-name", "num-cpus", "num-gpus", "object-manager-port"),
+        *("object-spilling-directory", "object-store-memory", "plasma-directory", "port", "proxy-server-url"),
+        *("ray-client-server-port", "ray-debugger-external", "redis-password", "redis-shard-ports", "redis-username"),
+        *("resources", "runtime-env-agent-port", "system-config", "system-reserved-cpu", "system-reserved-memory"),
+        *("temp-dir", "tracing-startup-hook", "verbose", "worker-port-list"),
+    }
+)
+"""The long options of `ray start` of Ray 2.60, whose names are the keys of `rayStartParams`."""
+_RAYS_OWN_RESOURCES = {name.lower(): name for name in ("CPU", "GPU", "TPU", "memory", "object_store_memory")}
 _RUNTIME_ENV_KEYS = frozenset(
     {
         *("working_dir", "py_modules", "excludes", "env_vars", "config", "pip", "uv", "conda", "image_uri"),
@@ -81,18 +99,27 @@ def _version(value: str) -> str:
 def _start_params(value: dict[str, str]) -> dict[str, str]:
     if "labels" in value:
         raise ValueError("labels are not given to ray start; write them under labels of the group")
+    for key in value:
+        if key not in START_OPTIONS:
+            meant = near(key, START_OPTIONS)
+            mend = f"did you mean {meant}?" if meant else "remove it"
+            raise ValueError(f"{key} is no option of ray start; {mend}")
     return value
 
 
-def _quantities(value: dict[str, str]) -> dict[str, str]:
-    for text in value.values():
-        quantity(text)
+def _node_resources(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        own = _RAYS_OWN_RESOURCES.get(name.lower(), name)
+        if name != own:
+            raise ValueError(f"{name} would be a resource of your own, which nothing asks for; write {own}")
+        if quantity(text) < 0:
+            raise ValueError(f"{name} is {text}, which is negative; write an amount of 0 or more")
     return value
 
 
 RayVersion = Annotated[str, AfterValidator(_version)]
 StartParams = Annotated[dict[str, str], AfterValidator(_start_params)]
-NodeResources = Annotated[dict[str, str], AfterValidator(_quantities)]
+NodeResources = Annotated[dict[str, str], AfterValidator(_node_resources)]
 """What Ray is told a node has, its own names (CPU, GPU, memory) and custom ones; amounts are texts."""
 
 
@@ -151,7 +178,7 @@ class AutoscalerOptions(Piece):
     version: Literal["v1", "v2"] | None = None
     idleTimeoutSeconds: Count | None = None
     upscalingMode: Literal["Default", "Aggressive", "Conservative"] | None = None
-    image: str | None = None
+    image: Image | None = None
     imagePullPolicy: PullPolicy | None = None
     resources: Resources | None = None
     env: list[EnvVar] | None = None

@@ -49,7 +49,7 @@ def _without_secret_variables(value: dict[str, JsonValue]) -> dict[str, JsonValu
     if name is not None:
         raise ValueError(
             f"ray_init_kwargs: sets {name}, a secret, which does not belong into a recipe; set it in the environment "
-            f"of the cluster's machines (manifest --secret NAME=SECRET:KEY does that for pods, submit --secret NAME asks "
+            f"of the cluster's machines (manifest --secret NAME=SECRET:KEY does so for pods, submit --secret NAME asks "
             f"for it), or give them an identity of the platform"
         )
     return value
