@@ -416,7 +416,9 @@ def _print_matrix(as_json: bool, markdown: bool) -> None:
 def manifest(
     recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A flat YAML file.")] = None,
     overrides: Overrides = None,
-    check: Annotated[Path | None, typer.Option(help="Check a file of Kubernetes objects instead.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Check a file of Kubernetes objects instead; - reads standard input.")
+    ] = None,
     crds: Annotated[
         Path | None, typer.Option(help="With --check: a folder of official CRD files, used on top.")
     ] = None,
@@ -437,6 +439,10 @@ def manifest(
     if (check is None) == (recipe is None):
         raise Refused("manifest takes a RECIPE, or --check FILE: name one of them.")
     if check is not None:
+        given: dict[str, object] = {"--storage": storage, "--image": image, "--namespace": namespace, "--queue": queue}
+        given |= {"--name": name, "--workers-per-pod": workers_per_pod, "--memory": memory}
+        given |= {"--service-account": service_account, "--secret": secret or None, "--explain": explain or None}
+        _refuse_beside_check([option for option, value in given.items() if value is not None])
         sys.exit(_check_manifest(check, crds))
     if crds is not None:
         raise Refused("--crds is for --check FILE: leave it out, what is rendered is checked by our own types.")
@@ -446,7 +452,7 @@ def manifest(
 
     demand, place = demand_of(recipe, overrides or [], storage, workers_per_pod)
     options = ManifestOptions(
-        image=image or default_image(),
+        image=default_image() if image is None else image,
         namespace=namespace,
         queue=queue,
         name=name,
@@ -457,16 +463,29 @@ def manifest(
     sys.stdout.write(render(demand, place, options, explain=explain))
 
 
+def _refuse_beside_check(options: list[str]) -> None:
+    if options:
+        raise Refused(
+            f"{options[0]} is for a RECIPE that is rendered, and --check FILE takes a manifest as it is: leave out "
+            f"{', '.join(options)}."
+        )
+
+
 def _check_manifest(file: Path, crds: Path | None) -> int:
-    from tunefleet.kube.check import check_file
+    from tunefleet.kube.check import check_bytes, check_file
     from tunefleet.kube.schemas import Schemas
 
-    checked = check_file(file, None if crds is None else Schemas(crds))
+    schemas = None if crds is None else Schemas(crds)
+    if str(file) == "-":
+        checked = check_bytes(sys.stdin.buffer.read(), "standard input", schemas)
+    else:
+        checked = check_file(file, schemas)
     for finding in checked.findings:
         print_plain(errors, finding.line(), "red")
     official = f", {checked.by_schema} of them by official schemas too" if crds is not None else ""
     verdict = f"{len(checked.findings)} problem(s)" if checked.findings else "no problem"
-    print_plain(console, f"{file}: {checked.objects} object(s) checked{official}, {verdict}")
+    name = "standard input" if str(file) == "-" else file
+    print_plain(console, f"{name}: {checked.objects} object(s) checked{official}, {verdict}")
     return 2 if checked.findings else 0
 
 

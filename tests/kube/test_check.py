@@ -11,7 +11,7 @@ import yaml
 from tests.kube.samples import Object, cluster_spec, pod, ray_cluster, ray_job
 
 from tunefleet.errors import Refused
-from tunefleet.kube.check import KINDS, check_file, check_text
+from tunefleet.kube.check import KINDS, check_bytes, check_file, check_text
 from tunefleet.kube.ray import START_OPTIONS
 
 TOKEN = {"authOptions": {"mode": "token"}}
@@ -231,6 +231,21 @@ def test_every_document_of_a_file_is_checked(tmp_path: Path) -> None:
     assert checked.objects == 2
     (finding,) = checked.findings
     assert finding.line() == f"{file}, document 2 (RayJob j), spec.a: is no field here; remove it"
+
+
+def test_the_items_of_a_list_are_checked_one_by_one() -> None:
+    items = [ray_cluster(), put(ray_job(), "spec/a", 1)]
+    checked = check_text(yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": items}), "f")
+    assert checked.objects == 2
+    (finding,) = checked.findings
+    assert finding.line() == "f, document 1, item 2 (RayJob j), spec.a: is no field here; remove it"
+    with pytest.raises(Refused, match="f holds no object"):
+        check_text(yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": []}), "f")
+
+
+def test_a_file_that_is_no_text_is_refused() -> None:
+    with pytest.raises(Refused, match=r"^f is not UTF-8 text \(byte 6\): save it as UTF-8.$"):
+        check_bytes(b"kind: \xff", "f")
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,23 @@ def check_file(path: Path, schemas: Schemas | None = None) -> Checked:
         Refused: the file cannot be read, is no YAML, or holds no object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} cannot be read ({error}): name a YAML file.") from error
-    return check_text(text, str(path), schemas)
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror}): name a YAML file.") from error
+    return check_bytes(content, str(path), schemas)
+
+
+def check_bytes(content: bytes, name: str, schemas: Schemas | None = None) -> Checked:
+    """Check every object of a file's content.
+
+    Raises:
+        Refused: it is no text, no YAML, or holds no object.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+    return check_text(text, name, schemas)
 
 
 def check_text(text: str, name: str, schemas: Schemas | None = None) -> Checked:
@@ -112,19 +125,33 @@ def check_text(text: str, name: str, schemas: Schemas | None = None) -> Checked:
     Raises:
         Refused: it is no YAML, or holds no object.
     """
-    documents = read_documents(text, name)
+    documents = [
+        one
+        for number, document in enumerate(read_documents(text, name), start=1)
+        for one in _listed(document, f"{name}, document {number}")
+    ]
     if not documents:
         raise Refused(f"{name} holds no object: write at least apiVersion, kind and metadata.")
     findings: list[Finding] = []
     by_schema = 0
-    for number, document in enumerate(documents, start=1):
-        findings += check_document(document, f"{name}, document {number}")
+    for place, document in documents:
+        findings += check_document(document, place)
         official = None if schemas is None or not isinstance(document, dict) else schemas.problems(document)
         if official is not None:
             by_schema += 1
-            label = _label(document, f"{name}, document {number}")
+            label = _label(document, place)
             findings += [Finding(label, path, what) for path, what in official]
     return Checked(len(documents), tuple(dict.fromkeys(findings)), by_schema)
+
+
+def _listed(document: object, place: str) -> Iterator[tuple[str, object]]:
+    """A document, or the items of a List (what `kubectl get -o yaml` prints of several), each with its place."""
+    items = document.get("items") if isinstance(document, dict) and document.get("kind") == "List" else None
+    if not isinstance(items, list):
+        yield place, document
+        return
+    for number, item in enumerate(items, start=1):
+        yield f"{place}, item {number}", item
 
 
 def check_document(document: object, name: str) -> Iterator[Finding]:
