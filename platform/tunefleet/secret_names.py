@@ -30,7 +30,8 @@ def secret_keys(value: object) -> Iterator[str]:
             yield from secret_keys(inner)
 
 
-_WITH_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#\"'@]*)@")
+# The scheme's length is bounded, or a megabyte of letters would take minutes.
+_WITH_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s/?#\"'@]*)@")
 _HARMLESS_SCHEMES = ("hdfs", "viewfs", "ssh", "git+ssh")
 """Here a name alone is that of an account, and no key."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
@@ -296,14 +297,56 @@ def test_long_names_that_begin_alike_stay_apart() -> None:
     ("options", "sentence"),
     [
         ({"name": "Mine"}, "--name Mine is no name of a RayJob"),
-        ({"memory": "lots"}, "'lots' is no quantity"),
-        ({"namespace": "Team A"}, "'Team A' is no name"),
-        ({"queue": "a b"}, "'a b' is no value of a label"),
+        ({"name": ""}, "--name '' is no name of a RayJob"),
+        ({"memory": "lots"}, "--memory: 'lots' is no quantity"),
+        ({"memory": "-4Gi"}, "--memory -4Gi is no memory of a pod"),
+        ({"memory": "0"}, "--memory 0 is no memory of a pod"),
+        ({"memory": "512Mi"}, "--memory 512Mi is no memory of a pod"),
+        ({"memory": "100Ti"}, "--memory 100Ti is no memory of a pod"),
+        ({"namespace": "Team A"}, "--namespace: 'Team A' is no name"),
+        ({"namespace": ""}, "--namespace: '' is no name"),
+        ({"queue": "a b"}, "--queue: 'a b' is no name"),
+        ({"queue": ""}, "--queue: '' is no name"),
+        ({"queue": "q" * 64}, "--queue: 'q{64}' is no value of a label; write up to 63"),
+        ({"service_account": "Me"}, "--service-account: 'Me' is no name"),
+        ({"image": ""}, "--image: '' is no image"),
+        ({"image": "a b"}, "--image: 'a b' is no image"),
+        ({"secrets": [secret_variable("A=s:k"), secret_variable("A=t:k")]}, "--secret names A twice"),
+        ({"per_pod": 2}, "--workers-per-pod 2 does not go with ray_num_workers, which is 1 at most: write 1 or less"),
     ],
 )
 def test_options_that_are_none_are_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Refused, match=sentence):
         rendered(written(tmp_path), storage="s3://b/r", **options)
+
+
+def test_a_search_fills_its_pods_too(tmp_path: Path) -> None:
+    path = search(tmp_path, {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}})
+    assert rendered(path, storage="s3://b/r", per_pod=2)
+    with pytest.raises(Refused, match="--workers-per-pod 3 does not go with ray_num_workers, which is 2 at most"):
+        rendered(path, storage="s3://b/r", per_pod=3)
+
+
+def test_a_recipe_that_no_configmap_holds_is_said_to_be_too_large(tmp_path: Path) -> None:
+    path = written(tmp_path, ray_init_kwargs={"namespace": "x" * 2**20})
+    with pytest.raises(Refused, match=r"The recipe is too large: it has 1,\d{3},\d{3} bytes"):
+        rendered(path, storage="s3://b/r")
+
+
+@pytest.mark.parametrize("name", ["PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "RAY_AUTH_TOKEN", "RAY_ADDRESS"])
+def test_a_variable_that_pods_have_themselves_is_no_secret(name: str) -> None:
+    with pytest.raises(Refused, match=f"--secret {name}=...: every pod has {name} of its own"):
+        secret_variable(f"{name}=s:k")
+
+
+@pytest.mark.parametrize(("queue", "said"), [(None, "minReplicas 0: without"), ("q", "a queued job keeps all of its")])
+def test_the_reason_of_a_searchs_replicas_is_the_right_one(tmp_path: Path, queue: str | None, said: str) -> None:
+    path = search(tmp_path, {"finetuning_type": "lora", "lora_rank": {"choice": [4, 8]}})
+    demand, place = demand_of(path, [], "s3://b/r", None)
+    text = render(demand, place, ManifestOptions("i", queue=queue), explain=True)
+    reasons = [line for line in text.splitlines() if line.startswith("#")]
+    assert any(said in line for line in reasons)
+    assert any("minReplicas 0" in line for line in reasons) == (queue is None)
 
 
 def test_a_secret_that_was_written_is_not_repeated() -> None:
@@ -382,6 +425,27 @@ def test_the_command_checks_a_file(ask: Ask, tmp_path: Path) -> None:
     answer = ask("manifest", "--check", file)
     assert answer.code == 2
     assert "spec.backofLimit: is no field here; did you mean backoffLimit?" in answer.err
+
+
+def test_the_command_checks_what_it_is_given_on_standard_input(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, code in (("kind: RayJub\n", 2), (ask("manifest", written(Path()), "--storage", CLAIM).out, 0)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        answer = ask("manifest", "--check", "-")
+        assert (answer.code, answer.out.partition(":")[0]) == (code, "standard input")
+
+
+@pytest.mark.parametrize(
+    "words", [("--storage", CLAIM), ("--explain",), ("--memory", "4Gi"), ("--secret", "A=s:k"), ("--queue", "")]
+)
+def test_what_is_for_rendering_is_refused_beside_a_check(ask: Ask, words: tuple[str, ...]) -> None:
+    answer = ask("manifest", "--check", "job.yaml", *words)
+    assert (answer.code, answer.err.partition(" ")[0]) == (2, words[0])
+    assert answer.err.endswith(f"leave out {words[0]}.\n")
+
+
+def test_an_empty_image_is_none(ask: Ask) -> None:
+    answer = ask("manifest", written(Path()), "--storage", CLAIM, "--image", "")
+    assert (answer.code, answer.err.partition(";")[0]) == (2, "--image: '' is no image")
 
 
 def test_the_command_wants_a_recipe_or_a_file(ask: Ask) -> None:

@@ -99,11 +99,34 @@ def test_the_option_wins(option: str | None, written: str | None, storage: Stora
         ("pvc://Not A Claim", None, "names no claim"),
         ("pvc://models/../etc", None, "names no claim"),
         ("s3://key:secret@bucket/runs", None, "credential|password|secret"),
+        ("s3://", None, "s3:// names no bucket: write s3://BUCKET/FOLDER"),
+        ("", "s3://b/r", "ray_storage_path is not written"),
+        ("s3:///x", None, "s3:///x names no bucket"),
+        ("s3://bu cket/r", None, "s3://bu cket/r names no bucket"),
+        ("gs://Bucket/r", None, "gs://Bucket/r names no bucket"),
+        ("s3://b/r?endpoint_override=minio:x", None, "write HOST:PORT with a port from 1 to 65535"),
+        ("s3://b/r?endpoint_override=minio:70000&scheme=http", None, "write HOST:PORT with a port from 1 to 65535"),
+        ("s3://b/r?endpoint_override=http://minio:0/", None, "write HOST:PORT with a port from 1 to 65535"),
+        ("hdfs://names:x/r", None, "write HOST:PORT with a port from 1 to 65535"),
+        ("ftp://b/r", None, "ftp://b/r begins with a scheme that is not taken: write one of s3://, gs://, hdfs://"),
+        ("az://b/r", None, "az://b/r begins with a scheme that is not taken"),
+        ("s3:b/r", None, "s3:b/r is half a URI"),
     ],
 )
 def test_storage_that_is_none_is_refused(option: str | None, written: str | None, sentence: str) -> None:
     with pytest.raises(Refused, match=sentence):
         storage_of(option, written)
+
+
+def test_a_password_for_a_server_is_not_repeated() -> None:
+    with pytest.raises(Refused) as refused:
+        storage_of("s3://b/r?endpoint_override=u:hunter2@minio:9000", None)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://b/r", "gs://a_b/r", "gs://anonymous@b/r", "hdfs:///r", "hdfs://me@names:8020/r"])
+def test_stores_are_taken_as_they_are_written(uri: str) -> None:
+    assert storage_of(uri, None) == Storage(uri, None)
 
 
 @pytest.mark.parametrize(

@@ -184,3 +184,11 @@ def test_a_secret_among_the_arguments_of_ray_is_refused_and_not_shown() -> None:
         read_flat(keys | {"ray_init_kwargs": {"_redis_password": "hunter2"}})
     assert "hunter2" not in str(caught.value)
     read_flat(keys | {"ray_init_kwargs": {"object_store_memory": 10**8, "_temp_dir": "/scratch"}})
+
+
+def test_several_gpus_of_a_worker_are_whole_ones() -> None:
+    keys: dict[str, object] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+    with pytest.raises(RecipeError, match=r"GPU: 1.5 is a fraction above 1, and Ray gives whole ones there; write 2"):
+        read_flat(keys | {"resources_per_worker": {"GPU": 1.5}})
+    for gpus in (0, 0.25, 1, 2.0):
+        read_flat(keys | {"resources_per_worker": {"GPU": gpus, "CPU": 1.5}})

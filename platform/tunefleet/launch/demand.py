@@ -103,6 +103,7 @@ def train_demand(keys: Keys, root: Path, workers_per_pod: int | None = None) -> 
     recipe = read_flat(written)
     workers = planned_on_request(recipe)
     per_pod, why_per_pod = pods_for(workers, workers_per_pod)
+    refuse_empty_seats(workers_per_pod, workers.count)
     least, most = math.ceil(workers.least / per_pod), math.ceil(workers.count / per_pod)
     asked = f"ray_num_workers: {workers.count}"
     if workers.elastic:
@@ -183,6 +184,19 @@ def pods_for(workers: WorkerPlan, wished: int | None) -> tuple[int, str]:
         fits = int(1 / share + 1e-9)
         return fits, f"{fits} on a pod, which share its GPU ({share:g} each)"
     return 1, "one on a pod, which is scheduled most easily (--workers-per-pod for more)"
+
+
+def refuse_empty_seats(wished: int | None, most: int) -> None:
+    """See that no pod is wished for more workers than there are.
+
+    Raises:
+        Refused: it is.
+    """
+    if wished is not None and not 1 <= wished <= most:
+        raise Refused(
+            f"--workers-per-pod {wished} does not go with ray_num_workers, which is {most} at most: write {most} or "
+            "less, or leave it out."
+        )
 
 
 def request_reason(keys: Keys) -> str:

@@ -15,13 +15,25 @@ from importlib.metadata import version
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 import tunefleet
 from tunefleet.errors import Refused
 from tunefleet.kube.documents import plain, write_documents
-from tunefleet.kube.fields import ObjectMeta, Piece, Quantity, Selector, is_dns_1035
+from tunefleet.kube.fields import (
+    Image,
+    LabelName,
+    LabelValue,
+    ObjectMeta,
+    ObjectName,
+    Piece,
+    Quantity,
+    Selector,
+    is_dns_1035,
+    quantity,
+)
 from tunefleet.kube.objects import (
+    LARGEST_CONFIG_MAP_BYTES,
     ConfigMap,
     Egress,
     Ingress,
@@ -73,7 +85,17 @@ _PRIORITY = 10
 _GIB = 2**30
 _HEAD_GIB, _DRIVER_GIB = 6.0, 1.5
 """Memory of the head, and of each driver of a trial with Ray's own actors for it (seen: 1.2 to 1.3 GB)."""
-_SECRET = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=([a-z0-9][-a-z0-9.]*):([-._a-zA-Z0-9]+)")
+_LEAST_GIB, _MOST_GIB = 1, 100 * 1024
+"""Of `--memory`: a pod of less cannot start Ray and torch, and no machine has so much."""
+_SECRET = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=([a-z0-9](?:[-a-z0-9.]*[a-z0-9])?):([-._a-zA-Z0-9]+)")
+_PODS_OWN = frozenset({"PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "PYTHONUNBUFFERED", "HF_HOME"})
+"""Variables of the image and the pods, which no Secret may replace; besides, all that begin with RAY_ are Ray's."""
+_KINDS: Mapping[str, tuple[TypeAdapter[str], ...]] = {
+    "--image": (TypeAdapter(Image),),
+    "--namespace": (TypeAdapter(LabelName),),
+    "--queue": (TypeAdapter(ObjectName), TypeAdapter(LabelValue)),
+    "--service-account": (TypeAdapter(ObjectName),),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,7 @@ def secret_variable(text: str) -> SecretVariable:
     """A variable from `NAME=SECRET:KEY`.
 
     Raises:
-        Refused: it is written otherwise.
+        Refused: it is written otherwise, or the pods have the variable themselves.
     """
     found = _SECRET.fullmatch(text)
     if found is None:
@@ -108,7 +130,13 @@ def secret_variable(text: str) -> SecretVariable:
         raise Refused(
             "--secret takes NAME=SECRET:KEY, such as HF_TOKEN=hub:token: the name of a Secret, not its value."
         )
-    return SecretVariable(*found.groups())
+    variable = SecretVariable(*found.groups())
+    if variable.name in _PODS_OWN or variable.name.startswith("RAY_"):
+        raise Refused(
+            f"--secret {variable.name}=...: every pod has {variable.name} of its own, or is given it by Ray: give the "
+            "variable another name."
+        )
+    return variable
 
 
 def job_name(run_name: str) -> str:
@@ -130,32 +158,84 @@ def manifest(demand: Demand, storage: Storage, options: ManifestOptions) -> list
     Raises:
         Refused: a name or an amount of the options is none.
     """
+    _refuse_wrong(options)
     try:
         pieces = _pieces(demand, storage, options)
         # Whatever was changed in a copy is looked at again, as a file would be.
         return [type(piece).model_validate(plain(piece)) for piece in pieces]
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise Refused(f"The manifest would not be right, {first}: correct the option that it comes from.") from error
+        raise Refused(
+            f"The manifest would not be right, {_first(error)}: correct the option that it comes from."
+        ) from error
+
+
+def _refuse_wrong(options: ManifestOptions) -> None:
+    """See that each option is what its field takes.
+
+    Raises:
+        Refused: one is not.
+    """
+    written = {
+        "--image": options.image,
+        "--namespace": options.namespace,
+        "--queue": options.queue,
+        "--service-account": options.service_account,
+    }
+    for option, value in written.items():
+        try:
+            if value is not None:
+                for kind in _KINDS[option]:
+                    kind.validate_python(value)
+        except ValidationError as error:
+            raise Refused(f"{option}: {_first(error)}.") from error
+    names = [one.name for one in options.secrets]
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        raise Refused(f"--secret names {twice} twice: keep one of them.")
+    if options.memory is not None:
+        _refuse_memory(options.memory)
+
+
+def _refuse_memory(written: str) -> None:
+    try:
+        amount = quantity(written)
+    except ValueError as error:
+        raise Refused(f"--memory: {error}.") from error
+    if not _LEAST_GIB * _GIB <= amount < _MOST_GIB * _GIB:
+        raise Refused(f"--memory {written} is no memory of a pod: write one from 1Gi to below 100Ti, such as 64Gi.")
+
+
+def _first(error: ValidationError) -> str:
+    return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
 
 
 def _pieces(demand: Demand, storage: Storage, options: ManifestOptions) -> list[Piece]:
-    name = options.name or job_name(demand.run_name)
+    name = job_name(demand.run_name) if options.name is None else options.name
     if not is_dns_1035(name, LONGEST_JOB_NAME):
         raise Refused(
-            f"--name {name} is no name of a RayJob: begin with a small letter, then small letters, digits and dashes, "
-            f"{LONGEST_JOB_NAME} characters at most."
+            f"--name {name or repr(name)} is no name of a RayJob: begin with a small letter, then small letters, "
+            f"digits and dashes, {LONGEST_JOB_NAME} characters at most."
         )
     labels = {"app.kubernetes.io/name": "tunefleet", "app.kubernetes.io/instance": name}
     pods = PodSettings(options.image, labels, storage.claim, options.secrets, options.service_account)
     meta = ObjectMeta(name=name, namespace=options.namespace, labels=labels)
-    recipe = ConfigMap(metadata=meta, data={RECIPE_FILE: recipe_text(demand, storage)})
+    recipe = ConfigMap(metadata=meta, data={RECIPE_FILE: _small(recipe_text(demand, storage))})
     queued = {} if options.queue is None else {QUEUE_LABEL: options.queue}
     job = RayJob(
         metadata=JobMeta(name=name, namespace=options.namespace, labels={**labels, **queued}),
         spec=_job(demand, pods, name, options),
     )
     return [recipe, network_policy(meta, labels, storage), job]
+
+
+def _small(recipe: str) -> str:
+    size = len(RECIPE_FILE) + len(recipe.encode())
+    if size > LARGEST_CONFIG_MAP_BYTES:
+        raise Refused(
+            f"The recipe is too large: it has {size:,} bytes, and the ConfigMap that brings it to the pods holds "
+            f"{LARGEST_CONFIG_MAP_BYTES:,}: shorten its longest keys, or put what they hold into files on storage."
+        )
+    return recipe
 
 
 def render(demand: Demand, storage: Storage, options: ManifestOptions, *, explain: bool = False) -> str:
@@ -307,6 +387,8 @@ def _reasons(demand: Demand, storage: Storage, options: ManifestOptions) -> Iter
     yield "recipe", f"{demand.command}, run {demand.run_name}, kept under {storage.uri}"
     for sentence in demand.why:
         yield "job", sentence
+    if demand.grows:
+        yield "job", _why_replicas(queued=options.queue is not None)
     head = _head_requests(demand)
     seats = f" and {_DRIVER_GIB:g}Gi for each of {demand.drivers} driver(s)" if demand.drivers else ""
     yield "head", f"CPU 0 for Ray, so that nothing trains there; memory {head['memory']}: {_HEAD_GIB:g}Gi{seats}"
@@ -321,3 +403,10 @@ def _reasons(demand: Demand, storage: Storage, options: ManifestOptions) -> Iter
         if demand.grows:
             yield "queue", "Kueue admits a RayJob whole, so all pods are there from the start instead of growing"
     yield "job", f"backoffLimit {RETRIES}: a new cluster goes on from the newest checkpoint in storage"
+
+
+def _why_replicas(*, queued: bool) -> str:
+    most = "all trials at once, of the largest size"
+    if queued:
+        return f"minReplicas and maxReplicas: {most}; a queued job keeps all of its pods from the start to the end"
+    return f"minReplicas 0: without trials there are no workers; maxReplicas: {most}"

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from tunefleet.data.entries import FILE_TYPES, HUB_NAME
 from tunefleet.data.settings import DEFAULT_FOLDER, read_pieces
 from tunefleet.errors import Refused
 from tunefleet.recipe.problems import Problem, RecipeError, shown
 from tunefleet.secret_names import url_with_user
-from tunefleet.stores import refuse_credentials
+from tunefleet.stores import refuse_credentials, refuse_half_uri, shown_uri
 
 MOUNT = "/mnt/tunefleet"
 """Where a claim is mounted, on the head and on every worker."""
@@ -22,6 +22,7 @@ _CLAIM = "pvc://"
 RECIPE_FILE = "recipe.yaml"
 """What a recipe is called where it has been sent to."""
 _STORES = ("s3://", "gs://", "hdfs://", "viewfs://")
+_BUCKETS = {"s3": r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "gs": r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class Storage:
         parts = urlsplit(self.uri)
         if parts.scheme == "gs":
             return [80, 988]  # GKE's metadata server, which gives a pod the token of its identity
-        servers = [*parse_qs(parts.query).get("endpoint_override", []), parts.netloc if parts.scheme == "hdfs" else ""]
-        found = [re.search(r":(\d+)$", server.rstrip("/")) for server in servers]
+        found = [re.search(r":(\d+)$", server.rstrip("/")) for server in _servers(parts)]
         plain = [80] if "scheme=http&" in f"{parts.query}&" else []
         return [int(one.group(1)) for one in found if one is not None] or plain
 
@@ -49,9 +49,9 @@ def storage_of(option: str | None, written: object) -> Storage:
     """The storage that `--storage` and the recipe's `ray_storage_path` mean.
 
     Raises:
-        Refused: it is a folder of this machine, or no storage at all.
+        Refused: it is a folder of this machine, a store that is not taken, or no storage at all.
     """
-    text = option or written
+    text = written if option is None else option
     if not isinstance(text, str) or not text:
         raise Refused(
             f"{STORAGE} is not written, and its default is a folder of this machine: add --storage s3://BUCKET/FOLDER, "
@@ -59,16 +59,50 @@ def storage_of(option: str | None, written: object) -> Storage:
         )
     refuse_credentials(text)
     if text.startswith(_STORES):
+        _refuse_no_store(text)
         return Storage(text, None)
     if text.startswith(_CLAIM):
         claim, _, folder = text.removeprefix(_CLAIM).partition("/")
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", claim) or ".." in PurePosixPath(folder).parts:
             raise Refused(f"{text} names no claim: write pvc://CLAIM, or pvc://CLAIM/FOLDER for a folder in it.")
         return Storage(str(PurePosixPath(MOUNT) / (folder.strip("/") or "runs")), claim)
+    refuse_half_uri(text)
+    if "://" in text and not text.startswith("file://"):
+        taken = ", ".join(_STORES)
+        raise Refused(
+            f"{shown_uri(text)} begins with a scheme that is not taken: write one of {taken} or {_CLAIM}CLAIM[/FOLDER]."
+        )
     raise Refused(
         f"{STORAGE}: {text} is a folder of this machine, which no pod can reach: add --storage s3://BUCKET/FOLDER, or "
         "--storage pvc://CLAIM for a ReadWriteMany claim."
     )
+
+
+def _servers(parts: SplitResult) -> list[str]:
+    """The servers that a store's URI names, each a host with or without a port; some write a scheme before it."""
+    return [*parse_qs(parts.query).get("endpoint_override", []), *([parts.netloc] if parts.scheme == "hdfs" else [])]
+
+
+def _refuse_no_store(text: str) -> None:
+    """See that a URI names a bucket, and servers that can be."""
+    parts = urlsplit(text)
+    bucket = _BUCKETS.get(parts.scheme)
+    if bucket is not None and not re.fullmatch(bucket, parts.netloc.removeprefix("anonymous@")):
+        raise Refused(
+            f"{shown_uri(text)} names no bucket: write {parts.scheme}://BUCKET/FOLDER, with small letters, digits, "
+            "dots and hyphens in the bucket's name."
+        )
+    for server in filter(None, _servers(parts)):
+        try:
+            read = urlsplit(server if "://" in server else f"//{server}")
+            right = bool(read.hostname) and read.port != 0 and (parts.scheme == "hdfs" or read.username is None)
+        except ValueError:  # as of a port that is no number
+            right = False
+        if not right:  # not repeated: it may hold a password
+            raise Refused(
+                f"The server in {STORAGE} is none: write HOST:PORT with a port from 1 to 65535 and no user, as in "
+                "s3://BUCKET/FOLDER?endpoint_override=minio:9000&scheme=http."
+            )
 
 
 def refuse_local(keys: Mapping[str, object], storage: Storage) -> None:

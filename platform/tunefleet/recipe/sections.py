@@ -177,7 +177,21 @@ def _in_rays_spelling(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
-Resources = Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_in_rays_spelling)]
+def _whole_gpus(value: dict[str, float]) -> dict[str, float]:
+    """Refuse `GPU: 1.5`: several workers may share one GPU, and above one Ray gives whole ones.
+
+    Raises:
+        ValueError: it is a fraction above 1.
+    """
+    gpus = value.get("GPU", 0.0)
+    if gpus > 1 and gpus % 1:
+        raise ValueError(f"GPU: {gpus:g} is a fraction above 1, and Ray gives whole ones there; write {round(gpus)}")
+    return value
+
+
+Resources = Annotated[
+    dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_in_rays_spelling), AfterValidator(_whole_gpus)
+]
 
 
 class RaySettings(Settings):

@@ -17,6 +17,7 @@ from tunefleet.launch.demand import (
     inlined,
     planned_on_request,
     pods_for,
+    refuse_empty_seats,
     request_reason,
 )
 from tunefleet.plan import WorkerPlan
@@ -54,6 +55,7 @@ def search_demand(keys: dict[str, object], root: Path, workers_per_pod: int | No
     trials = planned_trials(space, search.tune)
     at_once, why_at_once = _at_once(search, trials)
     sizes = [size for branch in space.branches for size in _sizes(branch, search)]
+    refuse_empty_seats(workers_per_pod, max(size.workers.count for size in sizes))
     common = space.common_recipe()
     groups = tuple(_groups(sizes, at_once, workers_per_pod, request_reason(written)))
     block = written[KEY]
@@ -75,7 +77,6 @@ def search_demand(keys: dict[str, object], root: Path, workers_per_pod: int | No
             f"trial_driver {at_once} on the head: one seat for the driver of each trial; drivers take no CPU, and the "
             "head's pod is not one that is taken away",
             f"{NODE_TYPES} in the recipe: what these groups may grow to, which Ray's autoscaler tells nobody",
-            "minReplicas 0: without trials there are no workers; maxReplicas: all trials at once, of the largest size",
         ),
     )
 
