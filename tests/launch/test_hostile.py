@@ -157,6 +157,7 @@ BLOWS = [
     Blow("no job server", "Nothing answers at http://127.0.0.1:9:"),
     Blow("no URL", "--address 127.0.0.1:6379 is no URL of a dashboard", to="127.0.0.1:6379"),
     Blow("Ray client's URL", "--address ray://127.0.0.1:10001 is no URL", to="ray://127.0.0.1:10001"),
+    Blow("a user", "--address has a user in it, and Ray's dashboard knows none", to="http://me:hunter2@head:8265"),
     Blow("no host", "--address http:// is no URL of a dashboard", to="http://"),
     Blow("no port", "--address http://head:82650 is no URL of a dashboard", to="http://head:82650"),
     Blow("no token", "wants a token: set RAY_AUTH_MODE=token", to="guarded"),

@@ -25,6 +25,7 @@ from tunefleet.artifacts.metrics import METRICS, WORKERS, Line, dump, rewind
 from tunefleet.artifacts.surroundings import git_commit, host_facts, versions
 from tunefleet.artifacts.trackers.delivery import Delivery
 from tunefleet.artifacts.trackers.tracker import End, Tracker
+from tunefleet.secret_names import is_secret
 from tunefleet.storage import place
 
 if TYPE_CHECKING:
@@ -368,4 +369,4 @@ def without_secrets(value: object) -> object:
 
 
 def _is_secret(key: str) -> bool:
-    return key == "env_vars" or key.lower().endswith(("password", "secret", "api_key", "auth_token", "hf_token"))
+    return key == "env_vars" or is_secret(key)

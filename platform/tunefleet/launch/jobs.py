@@ -30,7 +30,7 @@ import tunefleet_strategies
 from tunefleet.errors import Refused, RunFailed, first_line
 from tunefleet.launch.off_this_machine import RECIPE_FILE
 from tunefleet.launch.parcel import Parcel
-from tunefleet.secret_names import is_secret
+from tunefleet.secret_names import is_secret, url_with_user
 
 Client = JobSubmissionClient
 """The line to a job server."""
@@ -80,6 +80,11 @@ def connect(address: str) -> Client:
     Raises:
         Refused: no Ray dashboard answers there, it wants another token, or its Ray is another.
     """
+    if url_with_user(address) is not None:  # not repeated: it may hold a password
+        raise Refused(
+            "--address has a user in it, and Ray's dashboard knows none: write http://HEAD:8265, and put a token into "
+            "RAY_AUTH_TOKEN."
+        )
     if not _is_url(address):
         raise Refused(
             f"--address {address} is no URL of a dashboard: write one such as http://HEAD:8265 (a host with port 6379 "
