@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 from beside.measure import markdown_table
-from beside.plans import put_plans
+from beside.plans import put_plans, short_trials
 from scaling import keep, ray_head
 
 from tunefleet.artifacts.metrics import TIMING_FIELDS, read_metrics
@@ -68,42 +68,11 @@ class Measured:
 def recipe(side: str, address: str, trials: int, steps: int) -> dict[str, Any]:
     """The search of a side."""
     ranks = RANKS[: max(1, trials // len(RATES))]
-    return {
-        "model_name_or_path": str(FOLDER / "world" / "init"),
-        "dataset": "quickstart_train",
-        "dataset_dir": str(FOLDER / "world" / "data"),
-        "cache_dir": str(FOLDER / "cache"),
-        "cutoff_len": 128,
-        "max_samples": 128,
-        "eval_dataset": "quickstart_heldout",
-        "eval_strategy": "steps",
-        "eval_steps": steps,
-        "per_device_train_batch_size": 16,
-        "max_steps": steps,
-        "save_steps": steps,
-        "logging_steps": max(1, steps // 4),
-        "report_to": "none",
-        "plot_loss": False,
-        "bf16": False,
-        "seed": 7,
-        "output_dir": str(FOLDER / side),
-        "ray_run_name": side,
-        "ray_storage_path": str(FOLDER / "runs"),
-        "ray_address": address,
-        "ray_init_kwargs": {"runtime_env": {"py_modules": []}},
-        "ray_num_workers": 1,
-        "resources_per_worker": {"CPU": 1},
-        "tune": {
-            "search": "grid",
-            "max_concurrent_trials": 2,
-            "trial_host": "warm" if side == "warm" else "cold",
-            "space": {
-                "finetuning_type": "lora",
-                "lora_rank": {"choice": list(ranks)},
-                "learning_rate": {"choice": list(RATES[: max(1, trials // len(ranks))])},
-            },
-        },
+    space = {
+        "lora_rank": {"choice": list(ranks)},
+        "learning_rate": {"choice": list(RATES[: max(1, trials // len(ranks))])},
     }
+    return short_trials(FOLDER, side, address, steps, space, at_once=2)
 
 
 def measure(side: str, trials: int, steps: int) -> Measured:

@@ -1,7 +1,9 @@
-"""The plans of a search's points in its folder, for sides that run the trials themselves."""
+"""Searches of short trials, and their plans in a folder for sides that run the trials themselves."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -29,3 +31,47 @@ def put_plans(file: Path, root: Path) -> tuple[str, list[str], str]:
         branch = space.branches[point.branch]
         shop.put(book.add(point, branch.name, branch.method.name, 1, plan.batch.updates), plan)
     return folder.uri, [trial.name for trial in book.trials], address
+
+
+def short_trials(
+    folder: Path, side: str, address: str, steps: int, space: Mapping[str, Any], at_once: int
+) -> dict[str, Any]:
+    """The recipe of a side's search: LoRA trials of some seconds on the quickstart's small model, one worker each.
+
+    Args:
+        folder: holds the model and the data in `world`, and takes what sides leave.
+        space: what the trials differ in.
+        at_once: trials side by side.
+    """
+    return {
+        "model_name_or_path": str(folder / "world" / "init"),
+        "dataset": "quickstart_train",
+        "dataset_dir": str(folder / "world" / "data"),
+        "cache_dir": str(folder / "cache"),
+        "cutoff_len": 128,
+        "max_samples": 128,
+        "eval_dataset": "quickstart_heldout",
+        "eval_strategy": "steps",
+        "eval_steps": steps,
+        "per_device_train_batch_size": 16,
+        "max_steps": steps,
+        "save_steps": steps,
+        "logging_steps": max(1, steps // 4),
+        "report_to": "none",
+        "plot_loss": False,
+        "bf16": False,
+        "seed": 7,
+        "output_dir": str(folder / side),
+        "ray_run_name": side,
+        "ray_storage_path": str(folder / "runs"),
+        "ray_address": address,
+        "ray_init_kwargs": {"runtime_env": {"py_modules": []}},
+        "ray_num_workers": 1,
+        "resources_per_worker": {"CPU": 1},
+        "tune": {
+            "search": "grid",
+            "max_concurrent_trials": at_once,
+            "trial_host": "warm" if side == "warm" else "cold",
+            "space": {"finetuning_type": "lora", **space},
+        },
+    }

@@ -476,15 +476,13 @@ def _check_manifest(file: Path, crds: Path | None) -> int:
     from tunefleet.kube.schemas import Schemas
 
     schemas = None if crds is None else Schemas(crds)
-    if str(file) == "-":
-        checked = check_bytes(sys.stdin.buffer.read(), "standard input", schemas)
-    else:
-        checked = check_file(file, schemas)
+    piped = str(file) == "-"
+    name = "standard input" if piped else str(file)
+    checked = check_bytes(sys.stdin.buffer.read(), name, schemas) if piped else check_file(file, schemas)
     for finding in checked.findings:
         print_plain(errors, finding.line(), "red")
     official = f", {checked.by_schema} of them by official schemas too" if crds is not None else ""
     verdict = f"{len(checked.findings)} problem(s)" if checked.findings else "no problem"
-    name = "standard input" if str(file) == "-" else file
     print_plain(console, f"{name}: {checked.objects} object(s) checked{official}, {verdict}")
     return 2 if checked.findings else 0
 

@@ -13,6 +13,7 @@ import typer
 from rich.table import Column, Table
 
 from tunefleet.cli_words import AsJson, Overrides, RecipePath, console, errors, print_json, print_plain
+from tunefleet.commands.columns import name_column
 from tunefleet.errors import Refused
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ PendingSeconds = Annotated[
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's name, as `tunefleet jobs list` shows it.")]
 
 DETACHED_CODE = 130
-_JOB_WIDTH = 40
 
 
 def submit(
@@ -170,23 +170,22 @@ def stop(job: Job, address: Address) -> None:
 
     client = connect(address)
     line = found(client, job)
+    stops = client.stop_job(job)
     if line.state == "pending":
-        client.stop_job(job)
         print_plain(
             console,
             f"{job} has not started, and Ray stops only what has: it is asked to stop as soon as it starts, and Ray "
             f"gives it up a while after it was sent (RAY_JOB_START_TIMEOUT_SECONDS of the head, 15 minutes). Send a "
             f"corrected recipe under another ray_run_name.",
         )
-    elif client.stop_job(job):
+    elif stops:
         print_plain(console, f"{job} is asked to stop.")
     else:
         print_plain(console, f"{job} has ended already ({line.state}).")
 
 
 def _table(lines: list[JobLine]) -> Table:
-    longest = max((len(line.job) for line in lines), default=0)
-    job = Column("job", overflow="fold", min_width=min(longest, _JOB_WIDTH))  # it is what other commands are given
+    job = name_column("job", (line.job for line in lines))
     table = Table(job, Column("run", overflow="fold"), "state", "started", "minutes", "exit code")
     for line in lines:
         code = "" if line.exit_code is None else str(line.exit_code)

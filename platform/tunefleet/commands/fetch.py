@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import Refused
-from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unwritable
+from tunefleet.launch.home import bring_home, refuse_output
 from tunefleet.search.book import BOOK, Book
 from tunefleet.search.result import bring_search_home
 from tunefleet.storage import Place, place
@@ -42,8 +42,7 @@ def fetch(run: Place, to: Path, *, overwrite: bool) -> Path:
             f"The {kind} {run.name} is not finished, so there is nothing to fetch yet: the same `tunefleet {command}` "
             f"goes on with it, and `tunefleet ps` says how far it is."
         )
-    refuse_foreign_output(to, folder, overwrite, key="--to", permit="add --overwrite")
-    refuse_unwritable(to, "--to")
+    refuse_output(to, folder, overwrite, key="--to", permit="add --overwrite")
     if is_search:
         bring_search_home(run, to, plot=True)
     else:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.artifacts.metrics import METRICS, Line, metrics_of
 from tunefleet.artifacts.record import ATTEMPTS
+from tunefleet.commands.columns import name_column
 from tunefleet.errors import Refused
 from tunefleet.launch.runs import PLAN
 from tunefleet.plan import Plan
@@ -23,7 +24,6 @@ from tunefleet.stores import reason
 
 State = Literal["planned", "running", "silent", "stopped", "failed", "finished", "unreadable"]
 """silent: nothing says that it ended, and nothing was written for SILENT_SECONDS."""
-_NAME_WIDTH = 40
 SILENT_SECONDS = 900.0
 COLOURS: dict[State, str] = {
     "finished": "green",
@@ -183,8 +183,7 @@ def _is_silent(last_word: datetime | None, now: datetime) -> bool:
 
 def overview_table(found: Sequence[Overview], now: datetime) -> Table:
     """As `tunefleet ps` shows them."""
-    longest = max((len(one.name) for one in found), default=0)
-    name = Column("name", overflow="fold", min_width=min(longest, _NAME_WIDTH))  # it is what other commands are given
+    name = name_column("name", (one.name for one in found))
     table = Table(name, "method", "state", "done", "best", "last word")
     for one in found:
         state = Text(one.state, style=COLOURS[one.state])

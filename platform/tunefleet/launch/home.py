@@ -73,6 +73,23 @@ def refuse_foreign_output(
         )
 
 
+def refuse_output(
+    output_dir: Path,
+    folder: RunFolder,
+    overwrite: bool,
+    *,
+    key: str = "output_dir",
+    permit: str = "write overwrite_output_dir: true",
+) -> None:
+    """See that a run may write to a folder, and can. Makes it. Arguments as in `refuse_foreign_output`.
+
+    Raises:
+        Refused: it holds files of something else, or cannot be written to.
+    """
+    refuse_foreign_output(output_dir, folder, overwrite, key=key, permit=permit)
+    refuse_unwritable(output_dir, key)
+
+
 def _writer(output_dir: Path) -> str | None:
     """The run that wrote the files of a folder; None where that cannot be told."""
     try:

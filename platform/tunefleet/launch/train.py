@@ -18,7 +18,7 @@ from tunefleet.errors import BrokenOff, RunFailed
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, ray_session
 from tunefleet.launch.display import Display
 from tunefleet.launch.draft import draft
-from tunefleet.launch.home import bring_home, refuse_foreign_output, refuse_unusable, refuse_unwritable
+from tunefleet.launch.home import bring_home, refuse_output, refuse_unusable
 from tunefleet.launch.job_folder import goes_with_the_job
 from tunefleet.launch.running import Running
 from tunefleet.launch.runs import claimed, open_run
@@ -68,8 +68,7 @@ def train(recipe: Recipe, display: Display, root: Path) -> Outcome:
         output_dir = (root / Path(plan.place.output_dir).expanduser()).resolve()
         stays = not goes_with_the_job(output_dir)
         if stays:
-            refuse_foreign_output(output_dir, folder, recipe.run.overwrite_output_dir)
-            refuse_unwritable(output_dir, "output_dir")
+            refuse_output(output_dir, folder, recipe.run.overwrite_output_dir)
         mark = stack.enter_context(claimed(folder))
         notices = open_run(plan, folder)
         for text in (*plan.notices, *notices):

@@ -28,7 +28,7 @@ from tunefleet.artifacts.claim import mark_of
 from tunefleet.artifacts.folder import RunFolder
 from tunefleet.errors import LONGEST_REASON, BrokenOff, Refused, RunFailed, first_line
 from tunefleet.launch.cluster import cluster_address, joined_shape, local_shape, search_session
-from tunefleet.launch.home import refuse_foreign_output, refuse_unusable, refuse_unwritable
+from tunefleet.launch.home import refuse_output, refuse_unusable
 from tunefleet.launch.job_folder import goes_with_the_job
 from tunefleet.launch.runs import claimed
 from tunefleet.launch.signals import StopWish, stop_wishes
@@ -124,8 +124,7 @@ def tune(search: SearchRecipe, display: SearchDisplay, root: Path, server: ForkS
         refuse_unusable(place(common.ray.ray_storage_path, base=root), "ray_storage_path")
         stays = not goes_with_the_job(output_dir)
         if stays:
-            refuse_foreign_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
-            refuse_unwritable(output_dir, "output_dir")
+            refuse_output(output_dir, RunFolder(folder), common.run.overwrite_output_dir)
         stack.enter_context(claimed(RunFolder(folder)))
         book = _open_book(search, common, folder, len(space.branches))
         trials = planned_trials(space, search.tune)
